@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0
 # source scripts/env.sh (bash or zsh): the environment that scripts/setup.sh made.
 # Where you have sourced a ROS 2 it adds this project to it; elsewhere it stands in for ROS's own setup.bash.
-_qdbev_root=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd)
+_qdbev_root=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd -P)
 _qdbev_venv=$_qdbev_root/.venv
 _qdbev_ros=$(cat "$_qdbev_venv/.qdbev-ros" 2>/dev/null || true)
 

@@ -4,7 +4,7 @@
 # LANE is node or test; ROS is "rig" or the distribution that is sourced.
 set -euo pipefail
 lane=$1 ros=$2
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$root"
 {
   echo "$root $lane $ros"

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# The short commands. Each sets up what it needs first (scripts/setup.sh); that takes no time when nothing changed.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+ENV = . scripts/env.sh
+
+help: ## what the targets do
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: ## .venv with everything that the node needs; on top of ROS 2 where one is sourced
+	@scripts/setup.sh node
+
+demo: ## runs the detector over the demo bag; leaves detections.mcap, overview.png and summary.json in out/demo
+	@scripts/setup.sh node
+	@$(ENV) && python -m qdbev_ros.demo
+
+test: ## all tests that this machine can run; names the rest and why
+	@scripts/setup.sh test
+	@$(ENV) && python scripts/run_tests.py
+
+lint: ## ruff and mypy
+	@scripts/setup.sh test
+	@$(ENV) && ruff check . && ruff format --check . && mypy
+
+clean: ## removes .venv and everything that was built; keeps data/ and the message packages in the cache folder
+	rm -rf .venv .venv.lock out build install log .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
