@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames into training batches: parallel streams of consecutive frames, decoded ahead of time in threads.
+
+Pictures, projections and can_bus vectors come from qdbev_ros.core, so training sees what the node will see.
+Letters: B streams, N cameras, H W padded input, K boxes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qdbev_ros.core.boxes import encode_boxes
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.memory import TemporalMemory
+from qdbev_ros.core.preprocess import Picture, decode_picture, normalise_picture, resize_picture
+from qdbev_ros.core.projection import scale_to_input, stack_lidar2img
+from qdbev_ros.core.variant import Variant
+from qdbev_train.data.frames import CameraFrame, Frame, mirrored, turned
+
+NO_MAP = np.zeros((0, 0), np.float32)  # stands for the map that the training loop keeps itself
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of all streams.
+
+    images (B, N, 3, H, W) float32 normalised, padded · lidar2img (B, N, 4, 4) float32 at the input's scale ·
+    can_bus (B, 18) float32, deltas applied · is_first (B,) bool: no usable history, forget that stream's BEV map ·
+    codes B x (K, 10) float32 as encode_boxes, labels B x (K,) int64: valid boxes with centres inside pc_range ·
+    tokens B sample tokens
+    """
+
+    images: torch.Tensor
+    lidar2img: torch.Tensor
+    can_bus: torch.Tensor
+    is_first: torch.Tensor
+    codes: list[torch.Tensor]
+    labels: list[torch.Tensor]
+    tokens: list[str]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is varied, drawn once for a visit to a scene (light: once for a picture). Plain data are not varied.
+
+    mirror: probability of exchanging left and right · turn: the global frame gets a random heading · light: largest
+    relative change of brightness and contrast, and of saturation
+    """
+
+    mirror: float = 0.0
+    turn: bool = False
+    light: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    """One frame of one stream, to be decoded: everything that depends on the order is settled."""
+
+    frame: Frame
+    can_bus: NDArray[np.float32]
+    is_first: bool
+    flip: bool
+    light_seed: int | None
+
+
+class StreamDataset:
+    """Endless batches in which row b continues row b of the batch before: streaming training of a recurrent model.
+
+    Each stream visits scenes in random order, every scene of an epoch exactly once over all streams, and plays a
+    scene's frames in time order. The order depends on `seed` alone: `start_step` skips batches without decoding
+    them, for a resumed run, which begins with is_first everywhere because its maps are gone.
+    """
+
+    def __init__(
+        self,
+        frames_by_scene: Mapping[str, Sequence[Frame]],
+        variant: Variant,
+        batch: int,
+        seed: int,
+        start_step: int = 0,
+        augmentation: Augmentation | None = None,
+        workers: int = 2,
+    ) -> None:
+        if not frames_by_scene:
+            raise DataError("no scene to train on")
+        self._scenes = [tuple(frames_by_scene[name]) for name in sorted(frames_by_scene)]
+        self._variant, self._batch, self._seed = variant, batch, seed
+        self._start_step, self._workers = start_step, workers
+        self._augmentation = augmentation or Augmentation()
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps = self._tickets()
+        pending: deque[Future[Batch]] = deque()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        try:
+            while True:
+                while len(pending) < 2 * self._workers:
+                    pending.append(pool.submit(_assemble, next(steps), self._variant, self._augmentation.light))
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _tickets(self) -> Iterator[list[_Ticket]]:
+        order = self._scene_order()
+        streams = [_Stream(order, b, self._variant, self._augmentation) for b in range(self._batch)]
+        # Streams that began together would all end together: most of their scenes begin somewhere inside.
+        for b, stream in enumerate(streams):
+            stream.skip(b * stream.remaining // self._batch)
+        for _ in range(self._start_step):
+            for stream in streams:
+                stream.skip(1)
+        while True:
+            yield [stream.take() for stream in streams]
+
+    def _scene_order(self) -> Iterator[tuple[tuple[Frame, ...], np.random.Generator]]:
+        """(scene, random generator for its visit) without end, each epoch in a new order."""
+        visit = 0
+        while True:
+            epoch = visit // len(self._scenes)
+            for scene in np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._scenes)):
+                yield self._scenes[scene], np.random.default_rng([self._seed, 1, visit])
+                visit += 1
+
+
+class _Stream:
+    """One row of the batch: plays its scene to the end, then fetches another."""
+
+    def __init__(
+        self,
+        order: Iterator[tuple[tuple[Frame, ...], np.random.Generator]],
+        number: int,
+        variant: Variant,
+        augmentation: Augmentation,
+    ) -> None:
+        self._order, self._augmentation = order, augmentation
+        self._memory = TemporalMemory(variant.temporal)
+        self._frames: tuple[Frame, ...] = ()
+        self._position = 0
+        self._visits = number << 32  # a name for each visit: the same scene twice in a row is a new drive
+        self._fetch()
+
+    @property
+    def remaining(self) -> int:
+        return len(self._frames) - self._position
+
+    def skip(self, frames: int) -> None:
+        """Goes on without decoding; what follows has no history."""
+        for _ in range(frames):
+            if not self.remaining:
+                self._fetch()
+            self._position += 1
+
+    def take(self) -> _Ticket:
+        if not self.remaining:
+            self._fetch()
+        frame = self._frames[self._position]
+        self._position += 1
+        if self._flip:
+            frame = mirrored(frame)
+        if self._yaw is not None:
+            frame = turned(frame, self._yaw)
+        step = self._memory.step(frame.stamp_ns, frame.ego2global, str(self._visits), frame.can_dynamics)
+        self._memory.store(NO_MAP)
+        light_seed = int(self._rng.integers(2**31)) if self._augmentation.light else None
+        return _Ticket(frame, step.can_bus, step.prev_bev is None, self._flip, light_seed)
+
+    def _fetch(self) -> None:
+        self._frames, self._rng = next(self._order)
+        self._position = 0
+        self._visits += 1
+        self._flip = bool(self._rng.random() < self._augmentation.mirror)
+        self._yaw = float(self._rng.uniform(-np.pi, np.pi)) if self._augmentation.turn else None
+
+
+def frame_images(
+    frame: Frame, variant: Variant, flip: bool = False, light: tuple[float, int] | None = None
+) -> NDArray[np.float32]:
+    """(N, 3, H, W) float32 input of one frame. `flip` turns every picture left-right, for a frame that was `mirrored`;
+    `light` is (strength, seed) of the light variation."""
+    spec = variant.image
+    images = np.zeros((len(frame.cameras), 3, spec.padded_height, spec.padded_width), np.float32)
+    rng = None if light is None else np.random.default_rng(light[1])
+    for image, camera in zip(images, frame.cameras):
+        picture = _read_picture(camera, variant)
+        if flip:
+            picture = np.ascontiguousarray(picture[:, ::-1])
+        if light is not None and rng is not None:
+            picture = _vary_light(picture, rng, light[0])
+        normalise_picture(picture, spec, out=image)
+    return images
+
+
+def frame_lidar2img(frame: Frame, variant: Variant) -> NDArray[np.float32]:
+    """(N, 4, 4) float32 projections of one frame at the scale of the network's input."""
+    return stack_lidar2img(
+        [scale_to_input(frame.lidar2img(c), c.calibration, variant.image) for c in frame.cameras]
+    )
+
+
+def frame_targets(frame: Frame, variant: Variant) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """((K, 10) codes, (K,) labels) of the boxes with a lidar or radar point whose centre is inside pc_range."""
+    boxes = frame.annotations.boxes
+    low, high = np.split(np.array(variant.bev.pc_range), 2)
+    inside = ((boxes.centers > low) & (boxes.centers < high)).all(-1)
+    kept = boxes.select(inside & (frame.annotations.points > 0))
+    return encode_boxes(kept.centers, kept.sizes, kept.yaws, kept.velocities), kept.labels
+
+
+def _read_picture(camera: CameraFrame, variant: Variant) -> Picture:
+    calibration = camera.calibration
+    try:
+        picture = decode_picture(camera.read(), calibration.width, calibration.height, variant.image)
+    except DataError as error:
+        raise DataError(f"{camera.image}: {error}") from error
+    return resize_picture(picture, variant.image)
+
+
+def _vary_light(picture: Picture, rng: np.random.Generator, strength: float) -> Picture:
+    contrast, brightness, saturation = 1 + strength * rng.uniform(-1, 1, 3)
+    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    # Mid grey stays where brightness puts it, whatever the contrast; one call, so that it saturates once.
+    offset = 128 * (brightness - contrast)
+    return cv2.addWeighted(picture, contrast * saturation, grey, contrast * (1 - saturation), offset)  # type: ignore[return-value]
+
+
+def _assemble(tickets: list[_Ticket], variant: Variant, light: float) -> Batch:
+    images, matrices, codes, labels = [], [], [], []
+    for ticket in tickets:
+        variation = None if ticket.light_seed is None else (light, ticket.light_seed)
+        images.append(frame_images(ticket.frame, variant, ticket.flip, variation))
+        matrices.append(frame_lidar2img(ticket.frame, variant))
+        code, label = frame_targets(ticket.frame, variant)
+        codes.append(torch.from_numpy(code))
+        labels.append(torch.from_numpy(label))
+    return Batch(
+        images=torch.from_numpy(np.stack(images)),
+        lidar2img=torch.from_numpy(np.stack(matrices)),
+        can_bus=torch.from_numpy(np.stack([t.can_bus for t in tickets])),
+        is_first=torch.tensor([t.is_first for t in tickets]),
+        codes=codes,
+        labels=labels,
+        tokens=[t.frame.sample_token for t in tickets],
+    )
