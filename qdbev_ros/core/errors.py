@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that are the user's to mend: each message is one line that names the culprit and what to do."""
+
+from __future__ import annotations
+
+
+class QdbevError(Exception):
+    """Base of every error that a command reports in one line, with exit code 2."""
+
+
+class ConfigError(QdbevError):
+    """A variant, training or parameter file holds something that cannot be used."""
+
+
+class CalibrationError(QdbevError):
+    """A camera calibration cannot project anything (zero or NaN focal length, wrong shape)."""
+
+
+class DataError(QdbevError):
+    """A data set, bag or image is missing, incomplete or damaged."""
+
+
+class PackageError(QdbevError):
+    """A .qdbev file is damaged, incomplete or of another version."""
+
+
+class EngineError(QdbevError):
+    """An inference engine is not available or does not compute what it should."""

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qdbev train`: the float teacher from a YAML configuration."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qdbev_train.data.dataset import Batch
+    from qdbev_train.training.config import TrainConfig
+
+EXAMPLE = """example:
+  qdbev synth data/town --split train --scenes 300 --seed 1
+  qdbev train config/train/nano_town.yaml
+A run that was stopped goes on where its `out` folder stands; watch it with `tensorboard --logdir out/train`."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a float model; resumable",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="training configuration, e.g. config/train/nano_town.yaml")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from qdbev_ros.core.variant import load_variant
+    from qdbev_train.checkpoint import load_state, read_tensors
+    from qdbev_train.model import build_model, load_imagenet_backbone
+    from qdbev_train.training.config import TrainConfig, read_config
+    from qdbev_train.training.loop import train
+
+    config = read_config(args.config, TrainConfig)
+    variant = load_variant(config.variant)
+    model = build_model(variant)
+    if config.init == "imagenet":
+        load_imagenet_backbone(model)
+    else:
+        tensors, _ = read_tensors(Path(config.init))
+        load_state(model, tensors, config.init)
+    path = train(model, variant, config, stream_opener(config))
+    print(f"wrote {path}")
+
+
+def stream_opener(config: TrainConfig) -> Callable[[int], Iterable[Batch]]:
+    """The training frames of a configuration: a function from the step to start at to the batches."""
+    from qdbev_ros.core.variant import load_variant
+    from qdbev_train.data.dataset import Augmentation, StreamDataset
+    from qdbev_train.data.tables import load_scenes
+
+    scenes = load_scenes(Path(config.data.root), config.data.version, config.data.split)
+    variant = load_variant(config.variant)
+    augmentation = Augmentation(mirror=config.mirror, turn=config.turn, light=config.light)
+
+    def open_at(step: int) -> Iterable[Batch]:
+        return StreamDataset(scenes, variant, config.batch, config.seed, start_step=step, augmentation=augmentation)
+
+    return open_at
