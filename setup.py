@@ -31,7 +31,6 @@ if __name__ == "__main__":
         maintainer_email="maintainers@qdbev.example",
         license="Apache-2.0",
         packages=find_packages(include=["qdbev_ros", "qdbev_ros.*", "qdbev_train", "qdbev_train.*"]),
-        package_data={"qdbev_ros": ["py.typed"], "qdbev_train": ["py.typed"]},
         data_files=[
             ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
             (f"share/{PACKAGE}", ["package.xml"]),

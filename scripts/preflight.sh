@@ -45,7 +45,7 @@ check_platform() {
   elif [ "$ROS" = rig ] && [ "$machine" != x86_64 ]; then
     MISSING+=("there are no ROS 2 wheels for $machine: install ROS 2 from its own packages (Ubuntu has them for aarch64), source it, run this again")
   elif [ "$ROS" = rig ]; then
-    libc=$(getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2)
+    libc=$({ getconf GNU_LIBC_VERSION 2>/dev/null || true; } | cut -d' ' -f2)
     [ "$(printf '2.28\n%s\n' "${libc:-0}" | sort -V | head -n 1)" = 2.28 ] ||
       MISSING+=("the ROS 2 wheels need glibc 2.28 or later, this machine has ${libc:-another C library}: use a later distribution, or source a ROS 2")
   fi
@@ -79,14 +79,14 @@ check_compiler() { # only needed when message packages have to be built
 check_disk() { # MEGABYTES that a fresh environment takes; what is there already counts
   local free there
   free=$(df -Pm "$ROOT" | awk 'NR == 2 { print $4 }')
-  there=$(du -sm "$VENV" 2>/dev/null | cut -f1)
+  there=$({ du -sm "$VENV" 2>/dev/null || true; } | cut -f1)
   [ $((free + ${there:-0})) -ge "$1" ] ||
     MISSING+=("$free MB free at $ROOT, about $1 MB are needed: free some space")
 }
 
 warn_shared_memory() {
   local size
-  size=$(df -Pm /dev/shm 2>/dev/null | awk 'NR == 2 { print $2 }')
+  size=$({ df -Pm /dev/shm 2>/dev/null || true; } | awk 'NR == 2 { print $2 }')
   [ "${size:-0}" -ge 256 ] ||
     say "warning: /dev/shm is ${size:-0} MB, raw images need 256: they will go over UDP and sets get lost (docker run --shm-size=1g, or mount -o remount,size=1g /dev/shm)"
 }

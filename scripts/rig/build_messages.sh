@@ -5,8 +5,8 @@
 # ROS a distribution that is sourced: qdbev_msgs alone, against it.
 set -euo pipefail
 venv=$1 ros=$2 out=$3
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$here/../.." && pwd)
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+root=$(cd "$here/../.." && pwd -P)
 python=$venv/bin/python
 packages=("$root/msg")
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
