@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `qdbev` command. Each subcommand lives in its own module and imports what is heavy only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from qdbev_ros.core.errors import QdbevError
+
+# Modules with add_parser(commands), in the order of the help text.
+COMMANDS = (
+    "qdbev_train.bags.command",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qdbev",
+        description="Trains, compresses, packs and scores BEVFormer-style camera detectors.",
+        epilog="example: qdbev bag --help",
+    )
+    parser.add_argument("--version", action="version", version=f"qdbev {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(name).add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand. Exit status: 0 done, 2 bad input (one line on stderr says which), 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except QdbevError as error:
+        print(f"qdbev: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qdbev: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away, which is no error; Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _version() -> str:
+    from qdbev_train import __version__
+
+    return __version__
+
+
+if __name__ == "__main__":
+    sys.exit(main())
