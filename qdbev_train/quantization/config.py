@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is quantised to how many bits, and how ranges are found: plain data that travels with a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qdbev_ros.core.errors import ConfigError
+
+# In the order of the data flow, which is also the order of progressive training.
+PARTS = ("backbone", "neck", "encoder", "decoder")
+FLOAT = 32
+BITS = (*range(2, 9), FLOAT)
+
+
+@dataclass(frozen=True)
+class Override:
+    """Layers whose name matches `pattern` (shell style) differ from the rule; weight or activation 32 means float."""
+
+    pattern: str
+    weight: int
+    activation: int
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.weight not in BITS or self.activation not in BITS:
+            raise ConfigError(f"quantisation override {self.pattern!r}: bits must be 2 to 8, or 32 for float")
+        if FLOAT in (self.weight, self.activation) and self.weight != self.activation:
+            raise ConfigError(f"quantisation override {self.pattern!r}: a float layer has 32 bits in both")
+
+
+EXCEPTIONS = (
+    Override("img_backbone.features.0.0", 8, 8, "first convolution: it sees the picture itself"),
+    Override("img_backbone.conv1", 8, 8, "first convolution: it sees the picture itself"),
+    Override("*.cls_branches.*.6", 8, 8, "last layer of a branch: its output is the answer"),
+    Override("*.reg_branches.*.4", 8, 8, "last layer of a branch: its output is the answer"),
+    Override("*.can_bus_mlp.*", FLOAT, FLOAT, "can_bus mixes metres, unit quaternions and degrees in one vector"),
+    Override("*.reference_points", FLOAT, FLOAT, "works on constants: engines compute it once, at load"),
+)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Bits and range methods. `parts` are quantised, the others stay float; the first matching override wins.
+
+    weight_range: "minmax" (the paper's) or "mse" · activation_range: "minmax", "percentile" or "mse" ·
+    bias_correction: shift biases so that the mean output of every channel is that of the float model
+    """
+
+    parts: tuple[str, ...] = PARTS
+    weight_bits: int = 4
+    activation_bits: int = 6
+    overrides: tuple[Override, ...] = EXCEPTIONS
+    weight_range: str = "mse"
+    activation_range: str = "mse"
+    percentile: float = 99.99
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown:
+            raise ConfigError(f"quantisation: unknown parts {unknown}; known: {list(PARTS)}")
+        if self.weight_bits not in BITS[:-1] or self.activation_bits not in BITS[:-1]:
+            raise ConfigError("quantisation: weight_bits and activation_bits must be 2 to 8")
+        if self.weight_range not in ("minmax", "mse"):
+            raise ConfigError(f"quantisation: weight_range {self.weight_range!r}; use 'minmax' or 'mse'")
+        if self.activation_range not in ("minmax", "percentile", "mse"):
+            raise ConfigError(
+                f"quantisation: activation_range {self.activation_range!r}; use 'minmax', 'percentile' or 'mse'"
+            )
+
+    def override(self, name: str) -> Override | None:
+        """The exception that applies to the layer of this name, if any."""
+        return next((o for o in self.overrides if fnmatchcase(name, o.pattern)), None)
+
+    def bits(self, name: str) -> tuple[int, int]:
+        """(weight bits, activation bits) of the layer of this name; 32 means that it stays float."""
+        exception = self.override(name)
+        return (exception.weight, exception.activation) if exception else (self.weight_bits, self.activation_bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: Any) -> QuantConfig:
+        """The inverse of `to_dict`, also of its JSON; missing keys keep their defaults."""
+        fields = {f.name for f in dataclasses.fields(QuantConfig)}
+        if not isinstance(data, dict) or set(data) - fields:
+            unknown = sorted(set(data) - fields) if isinstance(data, dict) else type(data).__name__
+            raise ConfigError(f"quantisation: unknown keys {unknown}; known: {sorted(fields)}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        if "overrides" in values:
+            try:
+                values["overrides"] = tuple(Override(**dict(o)) for o in values["overrides"])
+            except TypeError as error:
+                raise ConfigError(f"quantisation: overrides need pattern, weight, activation, reason: {error}") from error
+        return QuantConfig(**values)

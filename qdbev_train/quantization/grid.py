@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The integer grid: what a code is, how a float becomes one, and how gradients pass through.
+
+Zero-point 0 everywhere. Weights: `bits` per output channel, symmetric, codes [-2^(b-1), 2^(b-1) - 1]. Activations:
+`bits` per tensor, [0, 2^b - 1] where the tensor is never negative, else [-2^(b-1), 2^(b-1) - 1]. Biases: int32 codes at
+the product of the input's and the weights' scale. Rounding is to the nearest, ties to even, as in ONNX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# float32 holds every integer up to here, so that a bias code is the same number in torch and in ONNX.
+BIAS_LIMIT = 2**24
+
+
+def code_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Lowest and highest code of `bits` bits."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+class _FakeQuantise(torch.autograd.Function):
+    """Rounds onto the grid and back; exported as one node `qdbev::FakeQuantise` that the packing pass replaces."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        codes = torch.round(x / scale)
+        ctx.save_for_backward((codes >= low) & (codes <= high))
+        return codes.clamp(low, high) * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        # Straight through inside the range, nothing where the value was cut off.
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, scale: Any, low: Any, high: Any) -> Any:
+        return g.op("qdbev::FakeQuantise", x, scale, low, high).setType(x.type())
+
+
+def fake_quantise(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x on the grid: clamp(round(x / scale), low, high) * scale.
+
+    scale broadcasts against x: a scalar for activations, (out, 1, ...) for weights, (out,) for biases. low and high
+    are scalar tensors. The gradient with respect to x is 1 inside the range and 0 outside; scales have none.
+    """
+    return _FakeQuantise.apply(x, scale, low, high)
+
+
+def per_channel(scale: Tensor, weight: Tensor) -> Tensor:
+    """(out,) scales shaped to broadcast against a weight (out, ...)."""
+    return scale.reshape(-1, *[1] * (weight.dim() - 1))
