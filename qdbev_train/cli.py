@@ -13,6 +13,9 @@ from qdbev_ros.core.errors import QdbevError
 
 # Modules with add_parser(commands), in the order of the help text.
 COMMANDS = (
+    "qdbev_train.training.command",
+    "qdbev_train.evaluation.command",
+    "qdbev_train.evaluation.score_command",
     "qdbev_train.bags.command",
 )
 
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Exit status: 0 done, 2 bad input (one line on stderr says which), 130 interrupted."""
     args = build_parser().parse_args(argv)
     try:
-        status: int = args.run(args)
+        status: int = args.run(args) or 0
         sys.stdout.flush()
         return status
     except QdbevError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ROS 2 messages of a scene, as rosbags' Jazzy types. Frames: map (nuScenes' global), base_link (ego), CAM_*, LIDAR_TOP."""
+"""ROS 2 messages of a scene, as rosbags' Jazzy types. map is nuScenes' global frame, base_link its ego."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 from rosbags.typesys import Stores, get_typestore
 
-from qdbev_ros.core.geometry import Array, CameraCalibration, Pose, quaternion_to_matrix, wrap_angle, yaw_quaternion
+from qdbev_ros.core.geometry import (
+    Array,
+    CameraCalibration,
+    Pose,
+    quaternion_to_matrix,
+    wrap_angle,
+    yaw_quaternion,
+)
 from qdbev_ros.core.variant import CLASSES
 from qdbev_train.data.frames import Frame
 
@@ -100,14 +107,18 @@ def odometry(ego: EgoPose) -> Any:
         "nav_msgs/msg/Odometry",
         header=header(ego.stamp_ns, MAP),
         child_frame_id=BASE,
-        pose=_message("geometry_msgs/msg/PoseWithCovariance", pose=pose_message(ego.pose), covariance=no_covariance),
+        pose=_message(
+            "geometry_msgs/msg/PoseWithCovariance", pose=pose_message(ego.pose), covariance=no_covariance
+        ),
         twist=_message("geometry_msgs/msg/TwistWithCovariance", twist=twist, covariance=no_covariance),
     )
 
 
 def image(stamp_ns: int, camera: str, jpeg: bytes) -> Any:
     data = np.frombuffer(jpeg, np.uint8)
-    return _message("sensor_msgs/msg/CompressedImage", header=header(stamp_ns, camera), format="jpeg", data=data)
+    return _message(
+        "sensor_msgs/msg/CompressedImage", header=header(stamp_ns, camera), format="jpeg", data=data
+    )
 
 
 def camera_info(stamp_ns: int, calibration: CameraCalibration) -> Any:
@@ -132,7 +143,7 @@ def camera_info(stamp_ns: int, calibration: CameraCalibration) -> Any:
     )
 
 
-def annotations(frame: Frame, numbers: dict[str, int]) -> Any:
+def annotation_markers(frame: Frame, numbers: dict[str, int]) -> Any:
     """visualization_msgs/MarkerArray of the boxes that count in the evaluation (a lidar or radar point inside).
 
     `numbers` gives each instance token its number, the same in every frame; new ones are added. The first marker
@@ -159,7 +170,6 @@ def _marker(
     scale: tuple[float, float, float] = (0.0, 0.0, 0.0),
     colour: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> Any:
-    none = _message("builtin_interfaces/msg/Time", sec=0, nanosec=0)
     red, green, blue = colour
     return _message(
         "visualization_msgs/msg/Marker",
@@ -176,12 +186,19 @@ def _marker(
         points=[],
         colors=[],
         texture_resource="",
-        texture=_message("sensor_msgs/msg/CompressedImage", header=_message("std_msgs/msg/Header", stamp=none, frame_id=""), format="", data=np.zeros(0, np.uint8)),
+        texture=_no_picture(),
         uv_coordinates=[],
         text=frame.sample_token,
         mesh_resource="",
         mesh_file=_message("visualization_msgs/msg/MeshFile", filename="", data=np.zeros(0, np.uint8)),
         mesh_use_embedded_materials=False,
+    )
+
+
+def _no_picture() -> Any:
+    """The empty texture of a marker that has none."""
+    return _message(
+        "sensor_msgs/msg/CompressedImage", header=header(0, ""), format="", data=np.zeros(0, np.uint8)
     )
 
 

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,27 +112,31 @@ def _plan(frames: tuple[Frame, ...]) -> Iterator[_Planned]:
     yield _Planned(start, "/tf_static", lambda: _static_transforms(frames[0], start))
     for pose in poses:
         log = pose.stamp_ns - TF_LEAD_NS
-        yield _Planned(log, "/tf", lambda p=pose: messages.tf([_ego_transform(p)]))
-        yield _Planned(log, "/odom", lambda p=pose: messages.odometry(p))
+        yield _Planned(log, "/tf", partial(_ego_transform, pose))
+        yield _Planned(log, "/odom", partial(messages.odometry, pose))
     numbers: dict[str, int] = {}
     for frame in frames:
         for camera in frame.cameras:
             yield from _camera_messages(camera)
-        yield _Planned(frame.stamp_ns, "/annotations", lambda f=frame: messages.annotations(f, numbers))
+        yield _Planned(frame.stamp_ns, "/annotations", partial(messages.annotation_markers, frame, numbers))
 
 
 def _camera_messages(camera: CameraFrame) -> Iterator[_Planned]:
     name, stamp = camera.calibration.name, camera.stamp_ns
     info = messages.camera_info(stamp, camera.calibration)
     yield _Planned(stamp, f"/{name}/camera_info", lambda: info)
-    yield _Planned(stamp, f"/{name}/image_rect_compressed", lambda: messages.image(stamp, name, camera.read()))
+    yield _Planned(
+        stamp, f"/{name}/image_rect_compressed", lambda: messages.image(stamp, name, camera.read())
+    )
 
 
 def _ego_transform(ego: messages.EgoPose) -> Any:
-    return messages.transform(ego.stamp_ns, messages.MAP, messages.BASE, ego.pose)
+    return messages.tf([messages.transform(ego.stamp_ns, messages.MAP, messages.BASE, ego.pose)])
 
 
 def _static_transforms(frame: Frame, stamp_ns: int) -> Any:
     sensors = {c.calibration.name: c.calibration.sensor2ego for c in frame.cameras}
     sensors["LIDAR_TOP"] = frame.lidar2ego
-    return messages.tf([messages.transform(stamp_ns, messages.BASE, name, pose) for name, pose in sensors.items()])
+    return messages.tf(
+        [messages.transform(stamp_ns, messages.BASE, name, pose) for name, pose in sensors.items()]
+    )

@@ -103,7 +103,9 @@ class StreamDataset:
         try:
             while True:
                 while len(pending) < 2 * self._workers:
-                    pending.append(pool.submit(_assemble, next(steps), self._variant, self._augmentation.light))
+                    pending.append(
+                        pool.submit(_assemble, next(steps), self._variant, self._augmentation.light)
+                    )
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

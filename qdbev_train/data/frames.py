@@ -75,7 +75,7 @@ class Frame:
 
 
 def turned(frame: Frame, yaw: float) -> Frame:
-    """The same frame in a global frame turned by `yaw` radians: what the vehicle sees stays, its absolute heading not."""
+    """The same frame in a global frame turned by `yaw` radians: what is seen stays, the absolute heading turns."""
     turn = Pose(yaw_quaternion(yaw), np.zeros(3))
     cameras = tuple(replace(c, ego2global=turn @ c.ego2global) for c in frame.cameras)
     return replace(frame, ego2global=turn @ frame.ego2global, cameras=cameras)
@@ -114,7 +114,7 @@ def _mirrored_pose(pose: Pose) -> Pose:
 
 
 def _mirrored_sensor(pose: Pose) -> Pose:
-    """S pose M with M = diag(-1, 1, 1): sensors with x to the right have that axis mirrored. S M turns by pi about z."""
+    """S pose M with M = diag(-1, 1, 1): for sensors with x to the right. S M turns by pi about z."""
     half_turn = np.array([0.0, 0.0, 0.0, 1.0])
     mirror = _mirrored_pose(pose)
     return Pose(quaternion_multiply(mirror.rotation, half_turn), mirror.translation)

@@ -66,23 +66,25 @@ def all_frames(scenes: dict[str, tuple[Frame, ...]]) -> list[Frame]:
 
 
 def split_scenes(tables: Path, split: str) -> list[str]:
-    """Scene names of a split: from splits.json beside the tables where it has it (the devkit's custom splits), else
-    the official lists, which come with nuscenes-devkit."""
-    custom = tables / "splits.json"
-    if custom.is_file():
-        names = json.loads(custom.read_text()).get(split)
-        if names is not None:
-            return list(names)
+    """Scene names of a split, found as the devkit finds them: the official lists (which come with nuscenes-devkit)
+    first, then splits.json beside the tables."""
     try:
         from nuscenes.utils.splits import create_splits_scenes
+
+        official: dict[str, list[str]] = create_splits_scenes()
     except ImportError:
+        official = {}
+    if split in official:
+        return official[split]
+    custom = tables / "splits.json"
+    names = json.loads(custom.read_bytes()).get(split) if custom.is_file() else None
+    if names is not None:
+        return list(names)
+    if not official:
         raise DataError(
-            f"the scenes of split {split!r} are listed in nuscenes-devkit, which isn't installed; name scenes with --scene"
-        ) from None
-    official: dict[str, list[str]] = create_splits_scenes()
-    if split not in official:
-        raise DataError(f"no split {split!r} in {custom} nor among the official ones: {', '.join(sorted(official))}")
-    return official[split]
+            f"split {split!r}: the official lists come with nuscenes-devkit, which isn't installed here"
+        )
+    raise DataError(f"no split {split!r}: neither in {custom} nor official ({', '.join(sorted(official))})")
 
 
 class _Tables:
@@ -155,7 +157,9 @@ def _load_scenes(
             scenes[name] = tuple(_frame(s, name, sensors, annotations, can) for s in scene)
         return scenes
     except KeyError as error:
-        raise DataError(f"{tables.folder}: a record has no field {error}; are these nuScenes tables?") from error
+        raise DataError(
+            f"{tables.folder}: a record has no field {error}; are these nuScenes tables?"
+        ) from error
     except (TypeError, ValueError) as error:
         raise DataError(f"{tables.folder}: a record cannot be used: {error}") from error
 
@@ -166,7 +170,9 @@ def _wanted_scenes(tables: _Tables, split: str | None, names: Sequence[str] | No
     missing = [n for n in names or () if n not in known]
     if missing:
         some = ", ".join(sorted(known)[:5])
-        raise DataError(f"{tables.folder}/scene.json: no scene {missing[0]!r}; there are {len(known)}: {some} ...")
+        raise DataError(
+            f"{tables.folder}/scene.json: no scene {missing[0]!r}; there are {len(known)}: {some} ..."
+        )
     if split is not None:
         listed = set(split_scenes(tables.folder, split))
         records = [r for r in records if r["name"] in listed]
@@ -208,14 +214,18 @@ class _SensorReader:
     def _channel_of(self, calibrated_token: str, data_token: str) -> str:
         if calibrated_token not in self._channel:
             calibrated = self._tables.get("calibrated_sensor", calibrated_token, f"sample_data {data_token}")
-            sensor = self._tables.get("sensor", calibrated["sensor_token"], f"calibrated_sensor {calibrated_token}")
+            sensor = self._tables.get(
+                "sensor", calibrated["sensor_token"], f"calibrated_sensor {calibrated_token}"
+            )
             self._channel[calibrated_token] = sensor["channel"]
         return self._channel[calibrated_token]
 
     def record(self, sample_token: str, channel: str) -> Record:
         record = self._by_sample[sample_token].get(channel)
         if record is None:
-            raise DataError(f"{self._tables.folder}/sample_data.json: sample {sample_token} has no {channel} key frame")
+            raise DataError(
+                f"{self._tables.folder}/sample_data.json: sample {sample_token} has no {channel} key frame"
+            )
         return record
 
     def ego2global(self, record: Record) -> Pose:
@@ -230,7 +240,9 @@ class _SensorReader:
         if key not in self._calibrations:
             calibrated = self._tables.records("calibrated_sensor")[key[0]]
             intrinsics = np.array(calibrated["camera_intrinsic"], np.float64)
-            self._calibrations[key] = CameraCalibration(channel, intrinsics, key[1], key[2], _pose(calibrated))
+            self._calibrations[key] = CameraCalibration(
+                channel, intrinsics, key[1], key[2], _pose(calibrated)
+            )
         return CameraFrame(
             self._calibrations[key],
             self._root / record["filename"],
@@ -278,7 +290,9 @@ class _AnnotationTable:
         self._points = np.array([r["num_lidar_pts"] + r["num_radar_pts"] for r in records], np.int64)
         self._visibility = np.array([int(r["visibility_token"] or 0) for r in records], np.int64)
         self._instances = [r["instance_token"] for r in records]
-        self._attributes = [attribute[r["attribute_tokens"][0]] if r["attribute_tokens"] else "" for r in records]
+        self._attributes = [
+            attribute[r["attribute_tokens"][0]] if r["attribute_tokens"] else "" for r in records
+        ]
 
     def of_sample(self, token: str, global2lidar: Pose) -> Annotations:
         rows = self._rows.get(token, [])
@@ -374,5 +388,3 @@ class _CanBus:
         and released weights were trained so; the last message where none comes after."""
         index = int(np.searchsorted(self._utimes, timestamp_us, side="right"))
         return self._dynamics[min(index, len(self._utimes) - 1)]
-
-

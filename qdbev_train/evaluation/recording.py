@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detections out of a bag that was recorded from the running node, matched to the samples of a data set. No ROS."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rosbags.highlevel import AnyReader, AnyReaderError
+
+from qdbev_ros.core.boxes import Boxes
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.geometry import Pose, quaternion_to_matrix
+from qdbev_ros.core.pose_buffer import PoseTrack, TransformUnavailable
+from qdbev_ros.core.variant import CLASSES
+from qdbev_train.bags.messages import ego_poses
+from qdbev_train.data.frames import Frame
+from qdbev_train.evaluation.results import Entry, result_entries
+
+OBJECTS = "qdbev_msgs/msg/DetectedObjectArray"
+DETECTIONS = "vision_msgs/msg/Detection3DArray"
+# The node's reference time is its newest image, the data set's the lidar's: they differ by less than this.
+MATCH_NS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the node said: boxes in `frame_id` at `stamp_ns`; attributes (K,), or None without ~/objects."""
+
+    stamp_ns: int
+    frame_id: str
+    boxes: Boxes
+    attributes: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Result entries of every sample scored, and what did not fit: unanswered samples have no entries."""
+
+    results: dict[str, list[Entry]]
+    unanswered: list[Frame]
+    repeated: int  # further answers for a sample that had one (a looped bag); the first counts
+    foreign: int  # answers at no sample's time
+
+
+def read_answers(bag: Path) -> tuple[str, list[Answer]]:
+    """(topic, answers in the order of the recording). Prefers DetectedObjectArray, which carries velocities.
+
+    Raises DataError where the bag cannot be read or has neither type of message.
+    """
+    if not bag.exists():
+        raise DataError(f"{bag}: no such bag")
+    try:
+        with AnyReader([bag]) as reader:
+            for msgtype, convert in ((OBJECTS, _objects), (DETECTIONS, _detections)):
+                found = [c for c in reader.connections if c.msgtype == msgtype and c.msgcount]
+                topics = sorted({c.topic for c in found})
+                if len(topics) > 1:
+                    raise DataError(
+                        f"{bag}: several topics of {msgtype}: {', '.join(topics)}; record one detector"
+                    )
+                if topics:
+                    messages = (reader.deserialize(raw, msgtype) for _, _, raw in reader.messages(found))
+                    return topics[0], [convert(message) for message in messages]
+            present = ", ".join(sorted({c.topic for c in reader.connections})) or "nothing"
+    except (AnyReaderError, OSError) as error:
+        raise DataError(f"{bag}: not a ROS 2 bag that can be read: {error}") from error
+    raise DataError(f"{bag}: no {OBJECTS} and no {DETECTIONS} messages; it holds {present}")
+
+
+def match(answers: Sequence[Answer], scenes: Mapping[str, Sequence[Frame]]) -> Matched:
+    """The answers as result entries of the samples nearest in time, over the scenes that have any answer.
+
+    Raises DataError where no answer fits any sample, or one fits samples of two scenes.
+    """
+    finders = {name: _SceneFinder(frames) for name, frames in scenes.items()}
+    first: dict[str, list[Entry]] = {}
+    repeated = foreign = 0
+    touched: set[str] = set()
+    for answer in answers:
+        hits = [
+            (name, frame) for name, finder in finders.items() if (frame := finder.nearest(answer.stamp_ns))
+        ]
+        if not hits:
+            foreign += 1
+            continue
+        if len(hits) > 1:
+            names = ", ".join(name for name, _ in hits)
+            raise DataError(
+                f"stamp {answer.stamp_ns / 1e9:.3f} s fits scenes {names}; choose one with --scene"
+            )
+        name, frame = hits[0]
+        touched.add(name)
+        if frame.sample_token in first:
+            repeated += 1
+        else:
+            first[frame.sample_token] = finders[name].entries(answer, frame)
+    if not touched:
+        raise DataError(
+            f"none of the {len(answers)} answers is within {MATCH_NS / 1e6:.0f} ms of a sample of {', '.join(scenes)}"
+        )
+    frames = [frame for name in scenes if name in touched for frame in scenes[name]]
+    results = {frame.sample_token: first.get(frame.sample_token, []) for frame in frames}
+    return Matched(results, [f for f in frames if f.sample_token not in first], repeated, foreign)
+
+
+class _SceneFinder:
+    """Finds a scene's frames and ego poses by time."""
+
+    def __init__(self, frames: Sequence[Frame]) -> None:
+        self._frames = sorted(frames, key=lambda f: f.stamp_ns)
+        self._stamps = [f.stamp_ns for f in self._frames]
+        self._track = PoseTrack(keep_s=1e6)
+        for ego in ego_poses(tuple(self._frames)):
+            self._track.insert(ego.stamp_ns, ego.pose)
+
+    def nearest(self, stamp_ns: int) -> Frame | None:
+        index = bisect_left(self._stamps, stamp_ns)
+        near = [
+            f for f in self._frames[max(index - 1, 0) : index + 1] if abs(f.stamp_ns - stamp_ns) <= MATCH_NS
+        ]
+        return min(near, key=lambda f: abs(f.stamp_ns - stamp_ns), default=None)
+
+    def entries(self, answer: Answer, frame: Frame) -> list[Entry]:
+        """The answer in global coordinates, by the ego pose at the answer's own stamp."""
+        try:
+            ego2global = self._track.lookup(answer.stamp_ns, "ego pose")
+        except TransformUnavailable:
+            # Outside the poses of the tables, which end with the scene: the frame's own is at most MATCH_NS away.
+            ego2global = frame.ego2global
+        frame2ego = {
+            "LIDAR_TOP": frame.lidar2ego,
+            "base_link": Pose.identity(),
+            "map": ego2global.inverse(),
+        }.get(answer.frame_id)
+        if frame2ego is None:
+            raise DataError(f"boxes in frame {answer.frame_id!r}; score knows LIDAR_TOP, base_link and map")
+        return result_entries(frame.sample_token, answer.boxes, frame2ego, ego2global, answer.attributes)
+
+
+def _objects(message: Any) -> Answer:
+    rows = [
+        (o.class_name, o.score, o.pose, o.size, (o.velocity.x, o.velocity.y), o.attribute)
+        for o in message.objects
+    ]
+    return _answer(message.header, rows, [row[5] for row in rows])
+
+
+def _detections(message: Any) -> Answer:
+    rows = []
+    for detection in message.detections:
+        best = max(detection.results, key=lambda r: r.hypothesis.score)
+        name, score = best.hypothesis.class_id, best.hypothesis.score
+        rows.append((name, score, detection.bbox.center, detection.bbox.size, (0.0, 0.0), ""))
+    return _answer(message.header, rows, None)
+
+
+def _answer(header: Any, rows: list[tuple[Any, ...]], attributes: list[str] | None) -> Answer:
+    known = [i for i, row in enumerate(rows) if row[0] in CLASSES]
+    rows = [rows[i] for i in known]
+    boxes = Boxes(
+        centers=_array(((p.position.x, p.position.y, p.position.z) for _, _, p, *_ in rows), 3),
+        # ROS sizes run along the box's x, y, z (length, width, height), nuScenes' are width, length, height.
+        sizes=_array(((s.y, s.x, s.z) for _, _, _, s, *_ in rows), 3),
+        yaws=np.array([_yaw(p.orientation) for _, _, p, *_ in rows], np.float64),
+        velocities=_array((row[4] for row in rows), 2),
+        scores=np.array([row[1] for row in rows], np.float64),
+        labels=np.array([CLASSES.index(row[0]) for row in rows], np.int64),
+    )
+    stamp = header.stamp.sec * 10**9 + header.stamp.nanosec
+    return Answer(
+        stamp, header.frame_id, boxes, None if attributes is None else tuple(attributes[i] for i in known)
+    )
+
+
+def _array(rows: Iterator[tuple[float, ...]], columns: int) -> Any:
+    return np.array(list(rows), np.float64).reshape(-1, columns)
+
+
+def _yaw(q: Any) -> float:
+    x_axis = quaternion_to_matrix(np.array([q.w, q.x, q.y, q.z]))[:, 0]
+    return float(np.arctan2(x_axis[1], x_axis[0]))

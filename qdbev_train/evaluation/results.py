@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes of one moment as entries of a nuScenes result file (BEVFormer's conversion, to the letter)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdbev_ros.core.boxes import Boxes, attribute_name
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.geometry import Pose, yaw_quaternion
+from qdbev_ros.core.variant import CLASSES
+
+Entry = dict[str, Any]  # one box as nuScenes' result format has it
+
+MAX_BOXES = 500  # for a sample, the devkit's limit
+CLASS_RANGE = {  # metres from the ego beyond which a class is not evaluated
+    "car": 50.0,
+    "truck": 50.0,
+    "construction_vehicle": 50.0,
+    "bus": 50.0,
+    "trailer": 50.0,
+    "barrier": 30.0,
+    "motorcycle": 40.0,
+    "bicycle": 40.0,
+    "pedestrian": 40.0,
+    "traffic_cone": 30.0,
+}
+_RANGES = np.array([CLASS_RANGE[name] for name in CLASSES])
+
+
+def result_entries(
+    token: str, boxes: Boxes, frame2ego: Pose, ego2global: Pose, attributes: Sequence[str] | None = None
+) -> list[Entry]:
+    """The entries of sample `token` from boxes in a frame that `frame2ego` places on the vehicle.
+
+    Boxes farther from the ego than their class's range are left out, the best 500 kept. `attributes` (K,) replace
+    those that follow from class and speed.
+    """
+    in_ego = boxes.transformed(frame2ego)
+    near = np.flatnonzero(np.hypot(*in_ego.centers[:, :2].T) <= _RANGES[in_ego.labels])
+    kept = near[np.argsort(-in_ego.scores[near], kind="stable")][:MAX_BOXES]
+    in_global = in_ego.select(kept).transformed(ego2global)
+    entries = []
+    for row, index in enumerate(kept):
+        label, velocity = int(in_global.labels[row]), in_global.velocities[row]
+        attribute = attribute_name(label, velocity) if attributes is None else attributes[index]
+        entries.append(
+            {
+                "sample_token": token,
+                "translation": in_global.centers[row].tolist(),
+                "size": in_global.sizes[row].tolist(),
+                "rotation": yaw_quaternion(float(in_global.yaws[row])).tolist(),
+                "velocity": velocity.tolist(),
+                "detection_name": CLASSES[label],
+                "detection_score": float(in_global.scores[row]),
+                "attribute_name": attribute,
+            }
+        )
+    return entries
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(data, indent=2 if len(str(data)) < 100_000 else None) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_results(path: Path, results: Mapping[str, list[Entry]]) -> None:
+    """A nuScenes result file: sample token -> entries; every sample of the split must be in it."""
+    meta = {
+        "use_camera": True,
+        "use_lidar": False,
+        "use_radar": False,
+        "use_map": False,
+        "use_external": True,
+    }
+    write_json(path, {"meta": meta, "results": dict(results)})
