@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node qdbev_bag_player: plays a bag's raw messages in real time, for machines without rosbag2.
+
+Example: ros2 run qdbev_ros bag_player_node --ros-args -p bag:=demo/town.mcap
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from rosgraph_msgs.msg import Clock
+
+from qdbev_ros.core.errors import ConfigError, DataError
+from qdbev_ros.ros.bags import BagReader
+from qdbev_ros.ros.messages import ns_to_stamp
+from qdbev_ros.ros.parameters import PlayerParameters, declare
+from qdbev_ros.ros.presets import load_preset
+from qdbev_ros.ros.process import run
+
+NODE_NAME = "qdbev_bag_player"
+CLOCK_PERIOD_S = 0.025
+SETTLE_S = 0.5  # after the last match, for the other side to know of it too
+
+
+class Player:
+    """Waits for its listeners, plays at the recorded pace, lingers, ends."""
+
+    grace_s = 0.0
+
+    def __init__(self) -> None:
+        self.node = Node(NODE_NAME)
+        self._parameters = declare(self.node, PlayerParameters)
+        if not self._parameters.bag:
+            raise ConfigError("parameter bag is empty: give a bag, e.g. --ros-args -p bag:=demo/town.mcap")
+        preset = load_preset(self._parameters.preset)
+        self._bag = BagReader(self._parameters.bag)
+        self._bag.require_cameras(preset)
+        self._publishers = self._advertise()
+        self._clock = self.node.create_publisher(Clock, "/clock", 10) if self._parameters.clock else None
+        self._awaited = [t for t in self._parameters.wait_for or preset.image_topics() if t in self._publishers]
+        self._messages: Iterator[tuple[str, int, bytes]] | None = None
+        self._next: tuple[str, int, bytes] | None = None
+        self._origin = (0, 0.0)  # bag time in ns, monotonic seconds
+        self._wait_until = time.monotonic() + self._parameters.wait
+        self._start_at: float | None = None
+        self._end_at: float | None = None
+        self._passes = 0
+        self._timer = self.node.create_timer(0.01, self._tick)
+        if self._clock is not None:
+            self.node.create_timer(CLOCK_PERIOD_S, self._publish_clock)
+
+    def finished(self) -> bool:
+        return self._end_at is not None and time.monotonic() >= self._end_at
+
+    def idle(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._bag.__exit__(None, None, None)
+
+    def _advertise(self) -> dict[str, Any]:
+        """A publisher for every topic whose type is installed; static transforms stay for late listeners."""
+        publishers = {}
+        for topic, msgtype in self._bag.types.items():
+            if topic == "/clock":
+                continue
+            package, _, name = msgtype.split("/")
+            try:
+                kind = getattr(importlib.import_module(f"{package}.msg"), name)
+            except (ImportError, AttributeError):
+                self.node.get_logger().warning(f"{topic} is left out: message type {msgtype} is not installed")
+                continue
+            quality = QoSProfile(depth=100)
+            if topic == "/tf_static":
+                quality.durability = DurabilityPolicy.TRANSIENT_LOCAL
+            publishers[topic] = self.node.create_publisher(kind, topic, quality)
+        return publishers
+
+    def _tick(self) -> None:
+        """Every 10 ms: publishes all that is due."""
+        now = time.monotonic()
+        if self._end_at is not None or not self._ready(now):
+            return
+        if self._messages is None:
+            self._rewind(now)
+        while self._next is not None and self._due(self._next[1]) <= now:
+            topic, _, data = self._next
+            if topic in self._publishers:
+                self._publishers[topic].publish(data)
+            self._next = next(self._messages, None) if self._messages is not None else None
+        if self._next is None:
+            self._passes += 1
+            self._messages = None
+            if not self._parameters.loop:
+                self.node.get_logger().info("end of the bag")
+                self._end_at = now + self._parameters.linger
+
+    def _ready(self, now: float) -> bool:
+        """Whether the listeners are there, or were waited for long enough."""
+        if self._start_at is None:
+            lonely = [topic for topic in self._awaited if not self._publishers[topic].get_subscription_count()]
+            if lonely and now < self._wait_until:
+                return False
+            if lonely:
+                waited = f"{self._parameters.wait:g} s"
+                self.node.get_logger().warning(f"nobody listens to {', '.join(lonely)} after {waited}: playing anyway")
+            self._start_at = now + SETTLE_S
+        return now >= self._start_at
+
+    def _rewind(self, now: float) -> None:
+        try:
+            self._messages = self._bag.raw()
+            self._next = next(self._messages, None)
+        except Exception as error:  # rosbags' own, and those of damaged chunks
+            raise DataError(f"bag {self._parameters.bag} cannot be read: {error}") from error
+        self._origin = (self._next[1] if self._next else 0, now)
+        self.node.get_logger().info(
+            f"playing {self._parameters.bag}, {self._bag.duration_s:.1f} s at rate {self._parameters.rate:g}"
+            + (f", pass {self._passes + 1}" if self._parameters.loop else "")
+        )
+
+    def _due(self, bag_ns: int) -> float:
+        return self._origin[1] + (bag_ns - self._origin[0]) * 1e-9 / self._parameters.rate
+
+    def _publish_clock(self) -> None:
+        """The bag's time now; stands still before the start and after the end."""
+        if self._clock is None or self._messages is None:
+            return
+        elapsed = (time.monotonic() - self._origin[1]) * self._parameters.rate
+        self._clock.publish(Clock(clock=ns_to_stamp(self._origin[0] + round(elapsed * 1e9))))
+
+
+def main() -> int:
+    return run("bag_player_node", Player)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detector without ROS: one set of pictures in, boxes out. The node and the offline evaluation both run this."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdbev_ros.core.boxes import Boxes, decode_boxes
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.geometry import Array, CameraCalibration, Pose
+from qdbev_ros.core.memory import MemoryInput, MemoryPolicy, TemporalMemory
+from qdbev_ros.core.preprocess import Picture, decode_picture, normalise_picture, resize_picture
+from qdbev_ros.core.projection import lidar_to_image, scale_to_input, stack_lidar2img
+from qdbev_ros.core.variant import CAMERAS, Variant
+
+STAGES = ("decode", "preprocess", "engine", "postprocess")
+
+
+class InferenceOutput(Protocol):
+    """What an engine answers: the last decoder layer's class_logits (Q, 10) and boxes (Q, 10), and bev (cells, C)."""
+
+    @property
+    def class_logits(self) -> NDArray[np.float32]: ...
+    @property
+    def boxes(self) -> NDArray[np.float32]: ...
+    @property
+    def bev(self) -> NDArray[np.float32]: ...
+
+
+class Engine(Protocol):
+    """A loaded package, as `qdbev_ros.engine.load_package` gives it."""
+
+    @property
+    def variant(self) -> Variant: ...
+
+    def infer(
+        self,
+        images: NDArray[np.float32],  # (6, 3, H, W) normalised, padded
+        lidar2img: NDArray[np.float32],  # (6, 4, 4) at the network's input scale; zeros for an absent camera
+        can_bus: NDArray[np.float32],  # (18,) deltas applied
+        prev_bev: NDArray[np.float32] | None,  # (cells, C) as the last call returned it
+    ) -> InferenceOutput: ...
+
+
+class PictureError(DataError):
+    """A camera's picture cannot be used; `camera` names it."""
+
+    def __init__(self, camera: str, text: str) -> None:
+        super().__init__(f"camera {camera}: {text}")
+        self.camera = camera
+
+
+@dataclass(frozen=True)
+class CameraFrame:
+    """One camera's part: JPEG or PNG bytes, or a (height, width, 3) uint8 BGR picture; ego2global at its stamp."""
+
+    picture: bytes | memoryview | Picture
+    calibration: CameraCalibration
+    ego2global: Pose
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One moment. cameras: name -> part, absent cameras left out; ego2global at the reference time `stamp_ns`."""
+
+    stamp_ns: int
+    cameras: Mapping[str, CameraFrame]
+    ego2global: Pose
+    lidar2ego: Pose
+    scene: str | None = None
+    can_dynamics: Array | None = None
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """boxes in the LIDAR_TOP frame at the reference time; memory as the model got it; stage -> milliseconds."""
+
+    boxes: Boxes
+    memory: MemoryInput
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+class Pipeline:
+    """Runs frames in order through one engine with one memory. Not for two threads at a time.
+
+    `workers` threads decode pictures side by side.
+    """
+
+    def __init__(self, engine: Engine, policy: MemoryPolicy | None = None, workers: int = 2) -> None:
+        self.engine = engine
+        self.variant = engine.variant
+        self.memory = TemporalMemory(self.variant.temporal, policy)
+        self._pool = ThreadPoolExecutor(workers, "picture")
+        image = self.variant.image
+        self._images = np.zeros((len(CAMERAS), 3, image.padded_height, image.padded_width), np.float32)
+
+    def run(self, frame: Frame) -> FrameResult:
+        """Boxes of one frame. Raises PictureError before the memory moves on, so a bad picture costs one frame."""
+        clock = [time.perf_counter()]
+        pictures = self._decode(frame)
+        clock.append(time.perf_counter())
+        lidar2img = self._prepare(frame, pictures)
+        memory = self.memory.step(frame.stamp_ns, frame.ego2global, frame.scene, frame.can_dynamics)
+        clock.append(time.perf_counter())
+        output = self.engine.infer(self._images, lidar2img, memory.can_bus, memory.prev_bev)
+        self.memory.store(output.bev)
+        clock.append(time.perf_counter())
+        boxes = decode_boxes(output.class_logits, output.boxes)
+        clock.append(time.perf_counter())
+        milliseconds = {stage: (b - a) * 1e3 for stage, (a, b) in zip(STAGES, pairwise(clock))}
+        return FrameResult(boxes, memory, milliseconds)
+
+    def close(self) -> None:
+        """Ends the decoding threads."""
+        self._pool.shutdown(wait=True)
+
+    def _decode(self, frame: Frame) -> dict[str, Picture]:
+        jobs = {name: self._pool.submit(self._decode_one, name, camera) for name, camera in frame.cameras.items()}
+        return {name: job.result() for name, job in jobs.items()}
+
+    def _decode_one(self, name: str, camera: CameraFrame) -> Picture:
+        """The camera's picture at the size of the network's input."""
+        calibration, picture = camera.calibration, camera.picture
+        try:
+            if isinstance(picture, np.ndarray):
+                if picture.shape != (calibration.height, calibration.width, 3):
+                    expected = f"{calibration.width}x{calibration.height}"
+                    raise DataError(f"the picture has shape {picture.shape}, its CameraInfo says {expected}")
+            else:
+                picture = decode_picture(picture, calibration.width, calibration.height, self.variant.image)
+        except DataError as error:
+            raise PictureError(name, str(error)) from error
+        return resize_picture(picture, self.variant.image)
+
+    def _prepare(self, frame: Frame, pictures: dict[str, Picture]) -> NDArray[np.float32]:
+        """Fills the input images and returns lidar2img (6, 4, 4); zeros in both for absent cameras."""
+        matrices: list[Array | None] = []
+        for index, name in enumerate(CAMERAS):
+            camera = frame.cameras.get(name)
+            if camera is None:
+                self._images[index] = 0.0
+                matrices.append(None)
+                continue
+            normalise_picture(pictures[name], self.variant.image, self._images[index])
+            full = lidar_to_image(camera.calibration, frame.lidar2ego, camera.ego2global, frame.ego2global)
+            matrices.append(scale_to_input(full, camera.calibration, self.variant.image))
+        return stack_lidar2img(matrices)

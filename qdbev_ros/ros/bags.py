@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bags without rosbag2: read through `rosbags`, and one MCAP file written from raw messages."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rosbags.highlevel import AnyReader, AnyReaderError
+from rosbags.interfaces import Connection, Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
+from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.ros.presets import TopicPreset
+
+
+class BagReader:
+    """A ROS 2 bag: an .mcap or .db3 file, or a bag folder. A context manager; raises DataError that names the bag."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise DataError(f"bag {self.path} doesn't exist")
+        try:
+            self._reader = AnyReader([self.path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
+            self._reader.open()
+        except (AnyReaderError, OSError, ValueError, IndexError, TypeError) as error:
+            raise DataError(f"bag {self.path} cannot be read: {' '.join(str(error).split())}") from error
+
+    def __enter__(self) -> BagReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._reader.close()
+
+    @property
+    def types(self) -> dict[str, str]:
+        """topic -> message type, of topics that hold a message."""
+        return {c.topic: c.msgtype for c in self._reader.connections if c.msgcount}
+
+    @property
+    def duration_s(self) -> float:
+        return self._reader.duration * 1e-9
+
+    def require_cameras(self, preset: TopicPreset) -> None:
+        """Raises DataError that names the camera topics of `preset` that the bag lacks."""
+        wanted = [*preset.image_topics(), *preset.info_topics()]
+        missing = [topic for topic in wanted if topic not in self.types]
+        if missing:
+            raise DataError(
+                f"bag {self.path} lacks {', '.join(missing)} (preset {preset.name}); it holds "
+                f"{', '.join(sorted(self.types)) or 'no message at all'}"
+            )
+
+    def raw(self, topics: Sequence[str] = ()) -> Iterator[tuple[str, int, bytes]]:
+        """(topic, log time in ns, CDR bytes) in order of time; all topics unless some are named."""
+        chosen = [c for c in self._reader.connections if not topics or c.topic in topics]
+        if chosen:
+            for connection, stamp, data in self._reader.messages(chosen):
+                yield connection.topic, stamp, bytes(data)
+
+    def messages(self, topics: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
+        """(topic, log time in ns, message) as plain objects of `rosbags`, fields as in ROS, arrays as numpy."""
+        types = self.types
+        for topic, stamp, data in self.raw(topics):
+            yield topic, stamp, self._reader.deserialize(data, types[topic])
+
+
+class BagWriter:
+    """One MCAP file of raw messages with their ROS 2 definitions. It appears under its name when closed whole."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.suffix != ".mcap":
+            raise DataError(f"{self.path}: recordings are MCAP files, give a name that ends in .mcap")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.stem}-", dir=self.path.parent))
+        except OSError as error:
+            raise DataError(f"cannot write {self.path}: {error.strerror}") from error
+        # Version 8 spells the offered QoS in numbers, which Humble and everything after it understands. rosbags writes
+        # a folder around its file; the file alone is complete, and names itself as the folder.
+        self._writer = Writer(self._folder / self.path.stem, version=8, storage_plugin=StoragePlugin.MCAP)
+        self._writer.open()
+        self._types = get_typestore(Stores.EMPTY)
+        self._connections: dict[str, Connection] = {}
+
+    def add_topic(self, topic: str, msgtype: str, latched: bool = False) -> None:
+        """Declares a topic. Message definitions come from the installed ROS packages."""
+        register_installed_type(self._types, msgtype)
+        durability = QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE
+        forever = QosTime(2147483647, 4294967295)
+        qos = Qos(
+            QosHistory.KEEP_LAST, 10, QosReliability.RELIABLE, durability, forever, forever,
+            QosLiveliness.AUTOMATIC, forever, False,
+        )  # fmt: skip
+        self._connections[topic] = self._writer.add_connection(
+            topic, msgtype, typestore=self._types, offered_qos_profiles=[qos]
+        )
+
+    def write(self, topic: str, stamp_ns: int, data: bytes) -> None:
+        """Appends one CDR message of a declared topic."""
+        self._writer.write(self._connections[topic], stamp_ns, data)
+
+    def close(self) -> None:
+        """Ends the file and gives it its name."""
+        self._writer.close()
+        os.replace(self._folder / self.path.stem / self.path.name, self.path)
+        shutil.rmtree(self._folder)
+
+    def abort(self) -> None:
+        """Throws everything away."""
+        self._writer.abort()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def register_installed_type(types: Any, msgtype: str) -> None:
+    """Adds `msgtype` (PACKAGE/msg/NAME) and all that it holds to a rosbags typestore, from the packages' .msg files."""
+    if msgtype in types.fielddefs:
+        return
+    text = installed_definition(msgtype)
+    package = msgtype.split("/")[0]
+    for name in re.findall(r"^\s*([A-Za-z][\w/]*)(?:\[.*?\])?\s+[a-z]\w*", text, re.MULTILINE):
+        if name[0].isupper() or "/" in name:
+            parts = name.split("/")
+            register_installed_type(types, f"{parts[0] if len(parts) > 1 else package}/msg/{parts[-1]}")
+    own = f"{package}/msg/{msgtype.split('/')[-1]}"
+    types.register({own: get_types_from_msg(text, own)[own]})
+
+
+def installed_definition(msgtype: str) -> str:
+    """The .msg text of an installed message type. Raises DataError that names the type."""
+    from ament_index_python.packages import PackageNotFoundError, get_package_share_directory
+
+    package, _, name = msgtype.split("/")
+    try:
+        return (Path(get_package_share_directory(package)) / "msg" / f"{name}.msg").read_text()
+    except (PackageNotFoundError, OSError) as error:
+        raise DataError(f"no definition of message type {msgtype}: source the workspace that has it") from error

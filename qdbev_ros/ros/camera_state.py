@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known about each camera's input, and what is wrong with it. No ROS in here."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+from qdbev_ros.core.geometry import Array
+
+MIN_STALE_S = 1.0  # a camera is never called silent sooner
+
+
+class Level(IntEnum):
+    """As in diagnostic_msgs/DiagnosticStatus."""
+
+    OK = 0
+    WARN = 1
+    ERROR = 2
+    STALE = 3
+
+
+@dataclass(frozen=True)
+class Intrinsics:
+    """From a CameraInfo: K (3, 3) of the rectified picture of (width, height)."""
+
+    matrix: Array
+    width: int
+    height: int
+
+
+@dataclass
+class CameraState:
+    """One camera's input. Times are seconds of a monotonic clock."""
+
+    name: str
+    image_topic: str
+    info_topic: str
+    intrinsics: Intrinsics | None = None
+    info_error: str | None = None  # why the last CameraInfo cannot be used
+    picture_error: str | None = None  # why the last picture could not be used
+    images: int = 0
+    picture_errors: int = 0
+    arrivals: deque[float] = field(default_factory=lambda: deque(maxlen=30))
+
+    def image_arrived(self, now: float) -> None:
+        self.images += 1
+        self.arrivals.append(now)
+
+    def picture_failed(self, text: str) -> None:
+        self.picture_errors += 1
+        self.picture_error = text
+
+    def rate(self) -> float:
+        """Pictures a second over the last ones; 0 while unknown."""
+        if len(self.arrivals) < 2 or self.arrivals[-1] <= self.arrivals[0]:
+            return 0.0
+        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
+
+    def age(self, now: float) -> float | None:
+        """Seconds since the last picture, None before the first."""
+        return now - self.arrivals[-1] if self.arrivals else None
+
+    def status(self, now: float) -> tuple[Level, str]:
+        """The worst that is wrong, naming the topic."""
+        if self.info_error is not None:
+            return Level.ERROR, f"{self.info_topic}: {self.info_error}"
+        if not self.images:
+            return Level.ERROR, f"{self.image_topic} never delivered a picture"
+        if self.intrinsics is None:
+            return Level.ERROR, f"{self.info_topic} never delivered a CameraInfo"
+        if self.picture_error is not None:
+            return Level.ERROR, f"{self.image_topic}: {self.picture_error}"
+        age, rate = self.age(now), self.rate()
+        if age is not None and age > max(MIN_STALE_S, 3 / rate if rate else MIN_STALE_S):
+            return Level.STALE, f"{self.image_topic} has been silent for {age:.1f} s"
+        return Level.OK, "delivers pictures"
+
+
+def check_intrinsics(k: Array, p: Array, width: int, height: int) -> Intrinsics:
+    """Intrinsics from CameraInfo's K (9,) and P (12,). Raises ValueError with the reason.
+
+    P describes the rectified picture and wins; drivers that leave it zero rectify nothing, and K holds.
+    """
+    if not np.isfinite(k).all() or not np.isfinite(p).all():
+        raise ValueError("K or P holds NaN or infinite numbers")
+    matrix = np.asarray(k, np.float64).reshape(3, 3)
+    if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
+        raise ValueError(f"K is no camera matrix, fx = {matrix[0, 0]:g} and fy = {matrix[1, 1]:g} must be positive")
+    if width < 1 or height < 1:
+        raise ValueError(f"the picture size {width}x{height} is empty")
+    projection = np.asarray(p, np.float64).reshape(3, 4)[:, :3]
+    return Intrinsics(projection.copy() if projection[0, 0] > 0 and projection[1, 1] > 0 else matrix, width, height)

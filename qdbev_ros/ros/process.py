@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every node of this package starts, stops and fails."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
+
+from qdbev_ros.core.errors import QdbevError
+
+
+class ManagedNode(Protocol):
+    """A node with an orderly end: `finished` ends it, `idle` says that nothing is under way any more."""
+
+    grace_s: float  # how long to wait for `idle` after a stop
+
+    @property
+    def node(self) -> Node: ...
+    def finished(self) -> bool: ...
+    def idle(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+def run(name: str, make: Callable[[], ManagedNode]) -> int:
+    """Runs a node until it is finished or a SIGINT or SIGTERM; the exit code is 0, or 2 where the user must mend something.
+
+    rclpy's own signal handlers are off: they invalidate the context while a message is taken.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+        managed = make()
+    except QdbevError as error:
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        rclpy.try_shutdown()
+        return 2
+    executor = SingleThreadedExecutor()
+    executor.add_node(managed.node)
+    try:
+        while not stop.is_set() and not managed.finished():
+            executor.spin_once(timeout_sec=0.05)
+        deadline = time.monotonic() + managed.grace_s
+        while not managed.idle() and time.monotonic() < deadline:
+            executor.spin_once(timeout_sec=0.05)
+    finally:
+        managed.close()
+        executor.shutdown()
+        managed.node.destroy_node()
+        rclpy.try_shutdown()
+    return 0

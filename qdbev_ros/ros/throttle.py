@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One log line per cause and interval: a broken camera must not bury everything else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class Throttled:
+    """Passes a text on to `log` at most once per `interval_s` for each key; says how many it kept back."""
+
+    def __init__(self, log: Callable[[str], object], interval_s: float = 5.0) -> None:
+        self._log = log
+        self._interval = interval_s
+        self._next: dict[str, float] = {}
+        self._kept: dict[str, int] = {}
+
+    def __call__(self, key: str, text: str) -> None:
+        now = time.monotonic()
+        if now < self._next.get(key, now):
+            self._kept[key] = self._kept.get(key, 0) + 1
+            return
+        kept = self._kept.pop(key, 0)
+        self._next[key] = now + self._interval
+        self._log(f"{text} ({kept} more of this kind before)" if kept else text)
