@@ -18,7 +18,9 @@ def shared_files() -> list[tuple[str, list[str]]]:
         for path in sorted((HERE / top).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 relative = path.relative_to(HERE)
-                targets.setdefault(f"share/{PACKAGE}/{relative.parent.as_posix()}", []).append(relative.as_posix())
+                targets.setdefault(f"share/{PACKAGE}/{relative.parent.as_posix()}", []).append(
+                    relative.as_posix()
+                )
     return sorted(targets.items())
 
 

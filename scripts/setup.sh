@@ -18,7 +18,7 @@ say() { printf 'set-up: %s\n' "$*"; }
 
 case $LANE in
   node) NEEDED_MB=2000 ;;
-  test) NEEDED_MB=4000 ;;
+  test) NEEDED_MB=5000 ;;
   *) echo "usage: scripts/setup.sh [node|test]" >&2; exit 2 ;;
 esac
 ROS=$(sourced_ros)

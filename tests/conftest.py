@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +31,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def pytest_report_header() -> list[str]:
     """Says which lanes were left out."""
-    return [f"lane {lane}: left out, no {_missing(lane)} here (make test sets it up)" for lane in NEEDS if _missing(lane)]
+    left_out = {lane: module for lane in NEEDS if (module := _missing(lane))}
+    return [
+        f"lane {lane}: left out, no {module} here (make test sets it up)" for lane, module in left_out.items()
+    ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,3 +51,28 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def nuscenes_root() -> Path:
+    """The real scene-0916 (v1.0-mini tables with one scene): $QDBEV_NUSCENES, or shared/data beside the repository."""
+    default = TESTS.parents[1] / "shared" / "data" / "nuscenes-scene-0916"
+    root = Path(os.environ.get("QDBEV_NUSCENES", default))
+    if not (root / "v1.0-mini" / "scene.json").is_file():
+        pytest.skip(f"no nuScenes scene-0916 at {root}; QDBEV_NUSCENES names its folder")
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_frames(nuscenes_root: Path) -> tuple[Any, ...]:
+    """The 41 frames of the real scene-0916."""
+    from qdbev_train.data.tables import load_scenes
+
+    return load_scenes(nuscenes_root, "v1.0-mini", scenes=["scene-0916"])["scene-0916"]
+
+
+@pytest.fixture(scope="session")
+def devkit(nuscenes_root: Path) -> Any:
+    """The real scene opened by the official devkit: the second opinion on every convention."""
+    nuscenes = pytest.importorskip("nuscenes", reason="nuscenes-devkit isn't installed")
+    return nuscenes.NuScenes(version="v1.0-mini", dataroot=str(nuscenes_root), verbose=False)

@@ -30,7 +30,9 @@ def runtime_files(prefix: Path) -> Iterator[tuple[str, Path]]:
             if path.suffix != ".c" and not any(part.endswith(".egg-info") for part in relative.parts):
                 yield path.relative_to(site).as_posix(), path
             continue
-        in_index = relative.parts[:2] == ("share", "ament_index") and "parent_prefix_path" not in relative.parts
+        in_index = (
+            relative.parts[:2] == ("share", "ament_index") and "parent_prefix_path" not in relative.parts
+        )
         defines = relative.parts[0] == "share" and (path.suffix in DEFINITIONS or path.name == "package.xml")
         if in_index or defines or (relative.parts[0] == "lib" and path.suffix == ".so"):
             yield f"{NAME}-{VERSION}.data/data/{relative.as_posix()}", path

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts around the environment: linking the checkout, packing message packages, counting tests."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import link_project
+import run_tests
+from rig import pack_wheel
+
+SETUP_CFG = """
+[options.entry_points]
+console_scripts =
+    hello_node = hello_package.node:main
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A small project with one program that says how it was called and leaves with 3."""
+    root = tmp_path / "a checkout"
+    (root / "hello_package").mkdir(parents=True)
+    (root / "setup.cfg").write_text(SETUP_CFG)
+    (root / "hello_package" / "node.py").write_text(
+        "import sys\ndef main():\n    print('hello', *sys.argv[1:])\n    return 3\n"
+    )
+    (root / "config").mkdir()
+    (root / "config" / "detector.yaml").write_text("rate: 12\n")
+    return root
+
+
+@pytest.fixture
+def venv(checkout: Path) -> Path:
+    """The bare bones of a virtual environment: bin/python and a site-packages folder."""
+    folder = checkout / ".venv"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "site-packages").mkdir()
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    return folder
+
+
+def test_linked_program_runs_with_arguments_and_exit_code(checkout: Path, venv: Path) -> None:
+    link_project.link_project(checkout, venv, venv / "site-packages")
+    # ROS finds programs in lib/PACKAGE, people in bin; the folder's name has a blank in it.
+    for program in (venv / "bin" / "hello_node", venv / "lib" / "qdbev_ros" / "hello_node"):
+        environment = {"PYTHONPATH": str(checkout), "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(
+            [program, "a", "b c"], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.stdout, done.returncode) == ("hello a b c\n", 3)
+
+
+def test_linked_checkout_is_a_ros_prefix_that_follows_edits(checkout: Path, venv: Path) -> None:
+    for _ in range(2):  # a second time must not fail on what is there
+        link_project.link_project(checkout, venv, venv / "site-packages")
+    assert (venv / "share/ament_index/resource_index/packages/qdbev_ros").exists()
+    (checkout / "config" / "detector.yaml").write_text("rate: 6\n")
+    assert (venv / "share/qdbev_ros/config/detector.yaml").read_text() == "rate: 6\n"
+    assert (venv / "site-packages" / "qdbev_ros_checkout.pth").read_text() == f"{checkout}\n"
+
+
+def test_wheel_holds_what_runs_and_its_record_is_true(tmp_path: Path) -> None:
+    prefix = tmp_path / "prefix"
+    python = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages/some_msgs"
+    kept = [f"{python}/__init__.py", "lib/libsome_msgs.so", "share/some_msgs/msg/A.msg"]
+    kept.append("share/ament_index/resource_index/packages/some_msgs")
+    dropped = [f"{python}/_a.c", "include/some_msgs/a.h", "share/some_msgs/cmake/some_msgsConfig.cmake"]
+    for name in kept + dropped:
+        path = prefix / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+    wheel = pack_wheel.pack(prefix, tmp_path / "out")
+
+    with zipfile.ZipFile(wheel) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+        modes = {entry.filename: entry.external_attr >> 16 for entry in archive.infolist()}
+    data = "qdbev_ros_messages-0.1.0.data/data/"
+    info = "qdbev_ros_messages-0.1.0.dist-info/"
+    expected = {"some_msgs/__init__.py", *(data + name for name in kept[1:])}
+    assert {name for name in contents if not name.startswith(info)} == expected
+    assert modes[data + "lib/libsome_msgs.so"] == 0o755
+    for line in contents[info + "RECORD"].decode().splitlines():
+        name, digest, size = line.rsplit(",", 2)
+        if digest:
+            sha256 = base64.urlsafe_b64encode(hashlib.sha256(contents[name]).digest()).decode().rstrip("=")
+            assert (digest, int(size)) == (f"sha256={sha256}", len(contents[name]))
+    assert [path.name for path in wheel.parent.iterdir()] == [wheel.name]  # nothing half-written stays
+
+
+REPORT = """<testsuites><testsuite>
+<testcase name="a"/><testcase name="b"/>
+<testcase name="c"><failure message="no"/></testcase>
+<testcase name="d"><error message="no fixture"/></testcase>
+<testcase name="e"><skipped message="no CUDA device"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_lane_counts_come_from_the_report(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(REPORT)
+    result = run_tests.read_report("gpu", report, exit_code=1, seconds=2.0)
+    assert (result.passed, result.failed, result.skipped) == (2, 2, 1)
+    assert "1 x no CUDA device" in result.line()
+
+
+@pytest.mark.parametrize(("exit_code", "failed"), [(0, 0), (5, 0), (2, 1), (-11, 1)])
+def test_lane_that_leaves_no_report_fails_unless_it_was_empty(
+    tmp_path: Path, exit_code: int, failed: int
+) -> None:
+    # 5: nothing collected. 2: interrupted or a collection error. -11: the interpreter crashed.
+    assert run_tests.read_report("ros", tmp_path / "none.xml", exit_code, 0.0).failed == failed
