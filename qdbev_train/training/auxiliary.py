@@ -83,15 +83,15 @@ class TrainingHelps(nn.Module):
             content=torch.cat([content.expand(batch, -1, -1), dn_content], 1),
             position=torch.cat([position.expand(batch, -1, -1), self.denoising_position(centers)], 1),
             reference=torch.cat([reference.expand(batch, -1, -1), centers], 1),
-            attention_mask=self._mask(q, layout).to(device),
+            may_attend=self._mask(q, layout).to(device),
         )
         return extra, layout
 
     def _mask(self, q: int, layout: DenoisingLayout) -> Tensor:
-        """(Q + G, Q + G) bool, True where attention is forbidden: each block sees itself only."""
+        """(Q + G, Q + G) bool, True where attention is allowed: each block sees itself only."""
         blocks = [q] * (1 + self.query_groups) + [layout.padded] * layout.groups
         owner = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks))
-        return owner[:, None] != owner[None]
+        return owner[:, None] == owner[None]
 
     def _noised_boxes(self, targets: Sequence[Targets], layout: DenoisingLayout) -> tuple[Tensor, Tensor]:
         """(B, groups * padded, 10) perturbed codes and (B, groups * padded, classes) partly wrong one-hot labels."""

@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from qdbev_ros.core.variant import load_variant
     from qdbev_train.checkpoint import load_state, read_tensors
-    from qdbev_train.model import build_model, load_imagenet_backbone
+    from qdbev_train.model import build_model, load_imagenet_backbone, spread_references
     from qdbev_train.training.config import TrainConfig, read_config
     from qdbev_train.training.loop import train
 
@@ -42,9 +42,11 @@ def run(args: argparse.Namespace) -> None:
     model = build_model(variant)
     if config.init == "imagenet":
         load_imagenet_backbone(model)
+        spread_references(model)
     else:
         tensors, _ = read_tensors(Path(config.init))
         load_state(model, tensors, config.init)
+    model.freeze_backbone(1)
     path = train(model, variant, config, stream_opener(config))
     print(f"wrote {path}")
 

@@ -147,13 +147,13 @@ def train(
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         state.optimizer.step()
         state.step += 1
-        main = float(losses["class"] + losses["box"])
+        main = float((losses["class"] + losses["box"]).detach())
         smoothed = main if smoothed is None else 0.98 * smoothed + 0.02 * main
         progress.update()
         progress.set_postfix(loss=f"{smoothed:.2f}")
         if state.step % 10 == 0:
-            scalars = {f"loss/{k}": float(v) for k, v in losses.items()}
-            for key, value in (scalars | {"loss/total": float(total), "norm": float(norm), "lr": rate}).items():
+            scalars = {f"loss/{k}": float(v.detach()) for k, v in losses.items()}
+            for key, value in (scalars | {"loss/total": float(total.detach()), "norm": float(norm), "lr": rate}).items():
                 writer.add_scalar(key, value, state.step)
         if state.step % config.save_every == 0 or state.step == config.steps:
             state.save(last)
