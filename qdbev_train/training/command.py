@@ -31,23 +31,28 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from qdbev_ros.core.errors import ConfigError
     from qdbev_ros.core.variant import load_variant
-    from qdbev_train.checkpoint import load_state, read_tensors
+    from qdbev_train.checkpoint import load_model
     from qdbev_train.model import build_model, load_imagenet_backbone, spread_references
     from qdbev_train.training.config import TrainConfig, read_config
     from qdbev_train.training.loop import train
 
     config = read_config(args.config, TrainConfig)
     variant = load_variant(config.variant)
-    model = build_model(variant)
+    quantisation = None
     if config.init == "imagenet":
+        model = build_model(variant)
         load_imagenet_backbone(model)
         spread_references(model)
     else:
-        tensors, _ = read_tensors(Path(config.init))
-        load_state(model, tensors, config.init)
-    model.freeze_backbone(1)
-    path = train(model, variant, config, stream_opener(config))
+        model, loaded, metadata = load_model(config.init)
+        quantisation = metadata.get("quantisation")
+        if loaded != variant:
+            raise ConfigError(f"{config.init}: holds another variant than {config.variant}")
+    if quantisation is None:
+        model.freeze_backbone(1)
+    path = train(model, variant, config, stream_opener(config), quantisation)
     print(f"wrote {path}")
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,5 +79,6 @@ def _build(kind: type[T], data: Any, source: str) -> T:
         right = isinstance(value, kinds[wanted]) and (wanted == "bool") == isinstance(value, bool)
         if not right:
             raise ConfigError(f"{source}: {name} is {value!r}, expected {wanted}")
-        values[name] = float(value) if wanted == "float" else value
+        # Paths may name environment variables, such as $QDBEV_NUSCENES.
+        values[name] = float(value) if wanted == "float" else os.path.expandvars(value) if wanted == "str" else value
     return kind(**values)
