@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,7 +46,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {key: json.loads(value) for key, value in metadata.items()}
 
 
-def save_model(path: Path, model: nn.Module, variant: Variant, provenance: dict[str, Any], quantisation: Any) -> None:
+def save_model(
+    path: Path, model: nn.Module, variant: Variant, provenance: dict[str, Any], quantisation: Any
+) -> None:
     """Writes a model file; `quantisation` is the quantiser's configuration as plain data, None for a float model."""
     metadata = {"variant": variant.to_dict(), "provenance": provenance}
     if quantisation is not None:
@@ -66,7 +67,9 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> Non
         if k in tensors and tensors[k].shape != v.shape
     ]
     if missing or unexpected or shapes:
-        raise ConfigError(f"{source}: missing keys {missing}; unexpected keys {unexpected}; wrong shapes {shapes}")
+        raise ConfigError(
+            f"{source}: missing keys {missing}; unexpected keys {unexpected}; wrong shapes {shapes}"
+        )
     model.load_state_dict(tensors)
 
 
@@ -86,5 +89,3 @@ def load_model(path: str | Path) -> tuple[Any, Variant, dict[str, Any]]:
         model = quantise_model(model, QuantConfig.from_dict(metadata["quantisation"]))
     load_state(model, tensors, str(path))
     return model.eval(), variant, metadata
-
-

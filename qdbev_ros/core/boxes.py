@@ -9,6 +9,7 @@ from the frame's x axis to the box's length axis, as in nuScenes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,9 @@ class Boxes:
     def transformed(self, pose: Pose) -> Boxes:
         """The same boxes in the parent frame of `pose`; velocities turn with it, sizes stay."""
         rotation = quaternion_to_matrix(pose.rotation)
-        heading = np.stack([np.cos(self.yaws), np.sin(self.yaws), np.zeros_like(self.yaws)], axis=-1) @ rotation.T
+        heading = (
+            np.stack([np.cos(self.yaws), np.sin(self.yaws), np.zeros_like(self.yaws)], axis=-1) @ rotation.T
+        )
         velocity = np.concatenate([self.velocities, np.zeros((len(self), 1))], axis=-1) @ rotation.T
         return Boxes(
             self.centers @ rotation.T + pose.translation,
@@ -88,10 +91,12 @@ def encode_boxes(centers: Array, sizes: Array, yaws: Array, velocities: Array) -
     w, length, h = np.log(sizes).T
     cx, cy, cz = centers.T
     vx, vy = np.nan_to_num(velocities).T
-    return np.stack([cx, cy, w, length, cz, h, np.sin(angle), np.cos(angle), vx, vy], axis=-1).astype(np.float32)
+    return np.stack([cx, cy, w, length, cz, h, np.sin(angle), np.cos(angle), vx, vy], axis=-1).astype(
+        np.float32
+    )
 
 
-def decode_boxes(class_logits: NDArray[np.floating], codes: NDArray[np.floating]) -> Boxes:
+def decode_boxes(class_logits: NDArray[np.floating[Any]], codes: NDArray[np.floating[Any]]) -> Boxes:
     """The best boxes of one frame (reference/bevformer, section 9).
 
     class_logits (Q, 10) and codes (Q, 10) of the last decoder layer. Takes the best 300 of all query-class pairs, so

@@ -114,7 +114,9 @@ def draw_birds_eye(detections: Boxes, truth: Boxes, size: int) -> Picture:
             _text(canvas, f"{radius} m", (x + 6, y - 6), 0.72, (140, 132, 124))
     cv2.line(canvas, (size, 0), (size, 2 * size), GRID, 1)
     cv2.line(canvas, (0, size), (2 * size, size), GRID, 1)
-    ego = np.array([pixel(-0.95, -2.1), pixel(-0.95, 2.0), pixel(0.0, 2.9), pixel(0.95, 2.0), pixel(0.95, -2.1)])
+    ego = np.array(
+        [pixel(-0.95, -2.1), pixel(-0.95, 2.0), pixel(0.0, 2.9), pixel(0.95, 2.0), pixel(0.95, -2.1)]
+    )
     cv2.fillPoly(canvas, [ego], EGO, cv2.LINE_AA)
     for corners in truth.corners()[:, :4, :2]:
         outline = [pixel(*corner) for corner in corners]
@@ -130,7 +132,9 @@ def draw_birds_eye(detections: Boxes, truth: Boxes, size: int) -> Picture:
         cv2.line(canvas, pixel(*center), pixel(*corners[:2].mean(0)), color, 3, cv2.LINE_AA)
         velocity = detections.velocities[index]
         if np.hypot(*velocity) > 0.5:
-            cv2.arrowedLine(canvas, pixel(*center), pixel(*(center + velocity)), color, 2, cv2.LINE_AA, 0, 0.2)
+            cv2.arrowedLine(
+                canvas, pixel(*center), pixel(*(center + velocity)), color, 2, cv2.LINE_AA, 0, 0.2
+            )
     canvas = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
     _label(canvas, "bird's-eye view, arrows: motion in 1 s")
     return canvas  # type: ignore[return-value]
@@ -141,7 +145,9 @@ def _box_on_camera(
 ) -> tuple[int, int] | None:
     """Draws corners (8, 3) of one box; returns where its label goes, None if nothing of the box is in the picture."""
     height, width = panel.shape[:2]
-    points = np.concatenate([corners, np.ones((8, 1))], axis=1) @ lidar2img.T  # (8, 4): u * depth, v * depth, depth
+    points = (
+        np.concatenate([corners, np.ones((8, 1))], axis=1) @ lidar2img.T
+    )  # (8, 4): u * depth, v * depth, depth
     if (points[:, 2] < NEAR).all():
         return None
     segments = [s for a, b in EDGES if (s := _clip_near(points[a, :3], points[b, :3])) is not None]

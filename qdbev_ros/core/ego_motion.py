@@ -8,6 +8,7 @@ about a fixed pixel by nearest-neighbour resampling, then a continuous shift is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,9 @@ def dynamics_from_poses(previous: EgoState | None, stamp_ns: int, pose: Pose) ->
     return dynamics
 
 
-def can_bus_vector(previous: EgoState | None, current: EgoState, temporal: TemporalSpec) -> NDArray[np.float32]:
+def can_bus_vector(
+    previous: EgoState | None, current: EgoState, temporal: TemporalSpec
+) -> NDArray[np.float32]:
     """The 18 numbers of one frame, deltas applied (reference/bevformer, section 5).
 
     0:3 translation since the previous frame in global axes (m) · 3:7 ego2global quaternion w x y z · 7:10
@@ -71,7 +74,7 @@ def can_bus_vector(previous: EgoState | None, current: EgoState, temporal: Tempo
     return vector.astype(np.float32)
 
 
-def bev_shift(can_bus: NDArray[np.floating], bev: BevSpec) -> NDArray[np.float32]:
+def bev_shift(can_bus: NDArray[np.floating[Any]], bev: BevSpec) -> NDArray[np.float32]:
     """(2,) shift (x, y) as a fraction of the map: the ego's displacement in its current axes, forward = +y.
 
     can_bus[0:2] is the displacement in global axes, can_bus[16] the absolute yaw; the LIDAR_TOP frame has x right and
@@ -94,7 +97,9 @@ def rotation_sources(degrees: float, bev: BevSpec, center: tuple[float, float] |
     h, w = bev.height, bev.width
     cx, cy = (0.0, 0.0) if center is None else (center[0] - w * 0.5, center[1] - h * 0.5)
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    affine = np.array([[cos, -sin, cx - cos * cx + sin * cy], [sin, cos, cy - sin * cx - cos * cy]], np.float32)
+    affine = np.array(
+        [[cos, -sin, cx - cos * cx + sin * cy], [sin, cos, cy - sin * cx - cos * cy]], np.float32
+    )
     columns = np.arange(w, dtype=np.float32) + np.float32(0.5 - w * 0.5)
     rows = np.arange(h, dtype=np.float32) + np.float32(0.5 - h * 0.5)
     base = np.stack([*np.meshgrid(columns, rows), np.ones((h, w), np.float32)], axis=-1).reshape(-1, 3)

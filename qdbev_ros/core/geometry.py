@@ -59,7 +59,7 @@ class Pose:
     def __post_init__(self) -> None:
         rotation = np.asarray(self.rotation, dtype=np.float64)
         translation = np.asarray(self.translation, dtype=np.float64)
-        norm = np.linalg.norm(rotation) if rotation.shape == (4,) else np.nan
+        norm = float(np.linalg.norm(rotation)) if rotation.shape == (4,) else float("nan")
         if not abs(norm - 1) < 1e-2 or translation.shape != (3,) or not np.isfinite(translation).all():
             raise DataError(f"not a pose: rotation {self.rotation!r}, translation {self.translation!r}")
         object.__setattr__(self, "rotation", rotation / norm)

@@ -26,4 +26,6 @@ class StageLatencies:
     def percentiles(self, *which: float) -> dict[str, tuple[float, ...]]:
         """stage -> the asked percentiles in milliseconds, stages in the order they were first seen."""
         snapshot = {stage: list(values) for stage, values in list(self._values.items())}
-        return {stage: tuple(float(v) for v in np.percentile(values, which)) for stage, values in snapshot.items()}
+        return {
+            stage: tuple(float(v) for v in np.percentile(values, which)) for stage, values in snapshot.items()
+        }

@@ -123,7 +123,9 @@ class Pipeline:
         self._pool.shutdown(wait=True)
 
     def _decode(self, frame: Frame) -> dict[str, Picture]:
-        jobs = {name: self._pool.submit(self._decode_one, name, camera) for name, camera in frame.cameras.items()}
+        jobs = {
+            name: self._pool.submit(self._decode_one, name, camera) for name, camera in frame.cameras.items()
+        }
         return {name: job.result() for name, job in jobs.items()}
 
     def _decode_one(self, name: str, camera: CameraFrame) -> Picture:

@@ -52,11 +52,15 @@ class PoseTrack:
             raise TransformUnavailable(f"the newest {name} is {late:.3f} s older than asked for", wait=True)
         if index == 0:
             early = (self.stamps[0] - stamp_ns) * 1e-9
-            raise TransformUnavailable(f"the oldest {name} is {early:.3f} s younger than asked for", wait=False)
+            raise TransformUnavailable(
+                f"the oldest {name} is {early:.3f} s younger than asked for", wait=False
+            )
         before, after = self.stamps[index - 1], self.stamps[index]
         gap = (after - before) * 1e-9
         if gap > self.max_gap_s:
-            raise TransformUnavailable(f"{name} has a hole of {gap:.3f} s around the stamp asked for", wait=False)
+            raise TransformUnavailable(
+                f"{name} has a hole of {gap:.3f} s around the stamp asked for", wait=False
+            )
         return interpolate(self.poses[index - 1], self.poses[index], (stamp_ns - before) / (after - before))
 
 

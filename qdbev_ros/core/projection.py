@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,9 @@ def lidar_to_image(
     """
     k = np.eye(4)
     k[:3, :3] = camera.intrinsics
-    lidar2camera = camera.sensor2ego.inverse() @ ego2global_at_camera.inverse() @ ego2global_at_reference @ lidar2ego
+    lidar2camera = (
+        camera.sensor2ego.inverse() @ ego2global_at_camera.inverse() @ ego2global_at_reference @ lidar2ego
+    )
     return k @ lidar2camera.matrix()
 
 
@@ -68,7 +71,7 @@ class VisibleCells:
     mask: NDArray[np.bool_]
 
 
-def visible_cells(lidar2img: NDArray[np.floating], bev: BevSpec, image: ImageSpec) -> VisibleCells:
+def visible_cells(lidar2img: NDArray[np.floating[Any]], bev: BevSpec, image: ImageSpec) -> VisibleCells:
     """Projects every pillar into every camera.
 
     lidar2img (N, 4, 4) at the scale of the network's input. A camera whose matrix is all zeros sees nothing: that

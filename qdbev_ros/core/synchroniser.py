@@ -61,7 +61,11 @@ class Synchroniser(Generic[T]):
     """
 
     def __init__(
-        self, cameras: Sequence[str], max_spread_s: float = 0.06, deadline_s: float = 0.3, max_waiting: int = 10
+        self,
+        cameras: Sequence[str],
+        max_spread_s: float = 0.06,
+        deadline_s: float = 0.3,
+        max_waiting: int = 10,
     ) -> None:
         if not cameras or len(set(cameras)) != len(cameras):
             raise ConfigError(f"the synchroniser needs distinct cameras, got {list(cameras)}")
@@ -146,7 +150,9 @@ class Synchroniser(Generic[T]):
         if not all(self._waiting.values()):
             return None
         first = max(queue[0].stamp_ns for queue in self._waiting.values())
-        candidates = sorted({i.stamp_ns for queue in self._waiting.values() for i in queue if i.stamp_ns >= first})
+        candidates = sorted(
+            {i.stamp_ns for queue in self._waiting.values() for i in queue if i.stamp_ns >= first}
+        )
         for reference in candidates:
             if all(reference - self._newest_until(c, reference) <= self._spread for c in self.cameras):
                 return reference

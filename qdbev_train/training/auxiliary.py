@@ -57,7 +57,11 @@ class TrainingHelps(nn.Module):
         super().__init__()
         c, classes = variant.transformer.channels, len(variant.classes)
         self.variant = variant
-        self.query_groups, self.denoising_groups, self.dense_heads = query_groups, denoising_groups, dense_heads
+        self.query_groups, self.denoising_groups, self.dense_heads = (
+            query_groups,
+            denoising_groups,
+            dense_heads,
+        )
         q = variant.transformer.queries
         self.group_embedding = nn.Embedding(max(1, query_groups * q), 2 * c)
         self.group_reference = nn.Parameter(torch.rand(max(1, query_groups * q), 3))
@@ -101,7 +105,9 @@ class TrainingHelps(nn.Module):
         for b, target in enumerate(targets):
             t = len(target.labels)
             wrong = torch.rand(layout.groups, t, device=device) < 0.1
-            labels = torch.where(wrong, torch.randint(n_classes, (layout.groups, t), device=device), target.labels)
+            labels = torch.where(
+                wrong, torch.randint(n_classes, (layout.groups, t), device=device), target.labels
+            )
             classes[b, :, :t] = F.one_hot(labels, n_classes).float()
             noise = torch.rand(layout.groups, t, 10, device=device) * 2 - 1
             reach = target.codes[:, [2, 3]].exp().amax(-1).clamp(1.0, 6.0) * CENTER_NOISE
@@ -139,13 +145,13 @@ class TrainingHelps(nn.Module):
         q = self.variant.transformer.queries
         result: dict[str, Tensor] = {}
         if self.query_groups:
+            spans = [slice(g * q, (g + 1) * q) for g in range(1, self.query_groups + 1)]
             groups = [
-                detection_loss(
-                    class_logits[:, :, (g + 1) * q : (g + 2) * q], codes[:, :, (g + 1) * q : (g + 2) * q], targets, positives
-                )
-                for g in range(self.query_groups)
+                detection_loss(class_logits[:, :, s], codes[:, :, s], targets, positives) for s in spans
             ]
-            result["group"] = sum((g["class"] + g["box"] for g in groups), codes.new_zeros(())) / self.query_groups
+            result["group"] = (
+                sum((g["class"] + g["box"] for g in groups), codes.new_zeros(())) / self.query_groups
+            )
         if layout.groups and layout.padded:
             start = (1 + self.query_groups) * q
             result["denoising"] = self._denoising_loss(
@@ -157,20 +163,31 @@ class TrainingHelps(nn.Module):
         return result
 
     def _denoising_loss(
-        self, logits: Tensor, codes: Tensor, targets: Sequence[Targets], layout: DenoisingLayout, positives: Tensor
+        self,
+        logits: Tensor,
+        codes: Tensor,
+        targets: Sequence[Targets],
+        layout: DenoisingLayout,
+        positives: Tensor,
     ) -> Tensor:
-        repeated = [Targets(t.labels.repeat(layout.groups), t.codes.repeat(layout.groups, 1)) for t in targets]
+        repeated = [
+            Targets(t.labels.repeat(layout.groups), t.codes.repeat(layout.groups, 1)) for t in targets
+        ]
         pairs, real = [], torch.zeros(logits.shape[1], logits.shape[2], 1, device=logits.device)
         for b, target in enumerate(targets):
             t = len(target.labels)
-            index = torch.cat([torch.arange(t) + g * layout.padded for g in range(layout.groups)]).to(logits.device)
+            index = torch.cat([torch.arange(t) + g * layout.padded for g in range(layout.groups)]).to(
+                logits.device
+            )
             real[b, index] = 1.0
             pairs.append((index, torch.arange(t * layout.groups, device=logits.device)))
         total = codes.new_zeros(())
         for layer_logits, layer_codes in zip(logits, codes, strict=True):
             # Padding queries say "nothing" with certainty, so they cost nothing.
             masked = layer_logits * real + (real - 1) * 20.0
-            class_loss, box_loss = assigned_loss(masked, layer_codes, repeated, pairs, positives * layout.groups)
+            class_loss, box_loss = assigned_loss(
+                masked, layer_codes, repeated, pairs, positives * layout.groups
+            )
             total = total + class_loss + box_loss
         return total
 
@@ -210,7 +227,9 @@ class TrainingHelps(nn.Module):
             for n in range(cameras):
                 keep = inside[n]
                 here = centers[n][keep]
-                heats.append(draw_gaussians((classes, height, width), target.labels[keep].cpu(), here.cpu(), 0.7))
+                heats.append(
+                    draw_gaussians((classes, height, width), target.labels[keep].cpu(), here.cpu(), 0.7)
+                )
                 column, row = here.long().unbind(-1)
                 predicted = maps[b, n, classes, row, column]
                 total = total + DENSE_BOX_WEIGHT * (predicted - depth[n][keep].log()).abs().sum()

@@ -67,6 +67,8 @@ def stream_opener(config: TrainConfig) -> Callable[[int], Iterable[Batch]]:
     augmentation = Augmentation(mirror=config.mirror, turn=config.turn, light=config.light)
 
     def open_at(step: int) -> Iterable[Batch]:
-        return StreamDataset(scenes, variant, config.batch, config.seed, start_step=step, augmentation=augmentation)
+        return StreamDataset(
+            scenes, variant, config.batch, config.seed, start_step=step, augmentation=augmentation
+        )
 
     return open_at

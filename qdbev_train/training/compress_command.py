@@ -73,7 +73,9 @@ def run(args: argparse.Namespace) -> None:
     )
     scenes = load_scenes(Path(config.data.root), config.data.version, config.data.split)
     stream = StreamDataset(scenes, variant, config.batch, config.seed)
-    batches = tqdm(islice(stream, config.calibration_steps), total=config.calibration_steps, desc="read frames")
+    batches = tqdm(
+        islice(stream, config.calibration_steps), total=config.calibration_steps, desc="read frames"
+    )
     model = post_training_quantise(model, batches, quantisation)
     path = Path(config.out) / "model.safetensors"
     provenance = {"teacher": metadata["provenance"], "compression": asdict(config)}

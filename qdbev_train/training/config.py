@@ -75,10 +75,17 @@ def _build(kind: type[T], data: Any, source: str) -> T:
         if wanted == "DataConfig":
             values[name] = _build(DataConfig, value, f"{source}: {name}")
             continue
-        kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+        kinds: dict[str, tuple[type, ...]] = {
+            "int": (int,),
+            "float": (int, float),
+            "str": (str,),
+            "bool": (bool,),
+        }
         right = isinstance(value, kinds[wanted]) and (wanted == "bool") == isinstance(value, bool)
         if not right:
             raise ConfigError(f"{source}: {name} is {value!r}, expected {wanted}")
         # Paths may name environment variables, such as $QDBEV_NUSCENES.
-        values[name] = float(value) if wanted == "float" else os.path.expandvars(value) if wanted == "str" else value
+        values[name] = (
+            float(value) if wanted == "float" else os.path.expandvars(value) if wanted == "str" else value
+        )
     return kind(**values)

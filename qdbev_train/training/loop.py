@@ -73,7 +73,9 @@ class TrainingState:
         now = asdict(self.config)
         changed = [k for k, v in metadata["config"].items() if k not in free and now.get(k) != v]
         if changed:
-            raise ConfigError(f"{path} was trained with other settings ({', '.join(changed)}); choose another `out`")
+            raise ConfigError(
+                f"{path} was trained with other settings ({', '.join(changed)}); choose another `out`"
+            )
         for prefix, module in (("model.", self.model), ("helps.", self.helps)):
             module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
         for key, value in tensors.items():
@@ -133,14 +135,18 @@ def train(
     model.to(fabric.device), helps.to(fabric.device)
     model.train()
     writer = SummaryWriter(str(out), purge_step=state.step)
-    progress = tqdm(total=config.steps, initial=state.step, desc=f"train {variant.name}", unit="step", smoothing=0.02)
+    progress = tqdm(
+        total=config.steps, initial=state.step, desc=f"train {variant.name}", unit="step", smoothing=0.02
+    )
     smoothed: float | None = None
     for batch in islice(open_stream(state.step), config.steps - state.step):
         rate = state.set_learning_rate()
         losses = train_step(state, batch)
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
-            raise ConfigError(f"the loss is {total.item()} at step {state.step}; lower learning_rate in the configuration")
+            raise ConfigError(
+                f"the loss is {total.item()} at step {state.step}; lower learning_rate in the settings"
+            )
         state.optimizer.zero_grad(set_to_none=True)
         total.backward()
         parameters = [p for g in state.optimizer.param_groups for p in g["params"]]
@@ -153,11 +159,14 @@ def train(
         progress.set_postfix(loss=f"{smoothed:.2f}")
         if state.step % 10 == 0:
             scalars = {f"loss/{k}": float(v.detach()) for k, v in losses.items()}
-            for key, value in (scalars | {"loss/total": float(total.detach()), "norm": float(norm), "lr": rate}).items():
+            scalars |= {"loss/total": float(total.detach()), "norm": float(norm), "lr": rate}
+            for key, value in scalars.items():
                 writer.add_scalar(key, value, state.step)
         if state.step % config.save_every == 0 or state.step == config.steps:
             state.save(last)
-            save_model(out / "model.safetensors", model, variant, provenance(config, state.step), quantisation)
+            save_model(
+                out / "model.safetensors", model, variant, provenance(config, state.step), quantisation
+            )
     progress.close()
     writer.close()
     return out / "model.safetensors"

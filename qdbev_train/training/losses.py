@@ -52,7 +52,9 @@ def match(logits: Tensor, codes: Tensor, targets: Targets) -> tuple[Tensor, Tens
     box_cost = torch.cdist(codes[:, :MATCHED_CODES], targets.codes[:, :MATCHED_CODES], p=1)
     cost = CLASS_WEIGHT * class_cost + BOX_WEIGHT * box_cost
     # A diverging prediction must not stop the run: it is merely the most expensive partner.
-    rows, columns = linear_sum_assignment(torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy())
+    rows, columns = linear_sum_assignment(
+        torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
+    )
     device = logits.device
     return torch.as_tensor(rows, device=device), torch.as_tensor(columns, device=device)
 
@@ -61,7 +63,11 @@ Assignment = tuple[Tensor, Tensor]
 
 
 def assigned_loss(
-    logits: Tensor, codes: Tensor, targets: Sequence[Targets], assignments: Sequence[Assignment], positives: Tensor
+    logits: Tensor,
+    codes: Tensor,
+    targets: Sequence[Targets],
+    assignments: Sequence[Assignment],
+    positives: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Focal and L1 loss of one layer for given assignments; logits (B, Q, classes), codes (B, Q, 10).
 

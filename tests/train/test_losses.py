@@ -80,7 +80,9 @@ def test_every_layer_is_matched_on_its_own() -> None:
     targets = make_targets(2)
     swapped = targets.codes.flip(0)
     logits = torch.zeros(2, 1, 2, 10)
-    losses = detection_loss(logits, torch.stack([targets.codes, swapped])[:, None], [targets], torch.tensor(2.0))
+    losses = detection_loss(
+        logits, torch.stack([targets.codes, swapped])[:, None], [targets], torch.tensor(2.0)
+    )
     assert float(losses["box"]) == 0.0
 
 

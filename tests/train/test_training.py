@@ -34,7 +34,9 @@ def micro_variant() -> Variant:
 
 
 def micro_config(out: Path, **changes: object) -> TrainConfig:
-    config = replace(read_config(CONFIG, TrainConfig), out=str(out), steps=6, batch=2, warmup_steps=2, save_every=3)
+    config = replace(
+        read_config(CONFIG, TrainConfig), out=str(out), steps=6, batch=2, warmup_steps=2, save_every=3
+    )
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
@@ -128,7 +130,9 @@ def test_resuming_with_other_settings_is_refused_by_name(tmp_path: Path) -> None
 
 def test_a_diverged_loss_ends_the_run(tmp_path: Path) -> None:
     variant, config = micro_variant(), micro_config(tmp_path)
-    batch = replace(random_batch(0, variant), images=torch.full_like(random_batch(0, variant).images, float("nan")))
+    batch = replace(
+        random_batch(0, variant), images=torch.full_like(random_batch(0, variant).images, float("nan"))
+    )
     with pytest.raises(ConfigError, match="learning_rate"):
         train(build_model(variant), variant, config, lambda _: iter([batch]))
 
