@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the past is used, and when it is forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qdbev_ros.core.geometry import Pose
+from qdbev_ros.core.memory import TemporalMemory
+from qdbev_ros.core.variant import load_variant
+
+NANO, TINY = load_variant("nano"), load_variant("tiny")
+SECOND = 1_000_000_000
+MAP = np.ones((4, 2), np.float32)
+
+
+def at(x: float) -> Pose:
+    return Pose(np.array([1.0, 0, 0, 0]), np.array([x, 0.0, 0.0]))
+
+
+def running(frames: int = 3) -> TemporalMemory:
+    """A memory that has seen `frames` frames, half a second and a metre apart, the last at x = frames - 1."""
+    memory = TemporalMemory(NANO.temporal)
+    for i in range(frames):
+        memory.step(i * SECOND // 2, at(float(i)), "drive")
+        memory.store(MAP * i)
+    return memory
+
+
+def test_the_first_frame_has_no_past() -> None:
+    step = TemporalMemory(NANO.temporal).step(0, at(0), "drive")
+    assert (step.prev_bev, step.age, step.gap_s, step.reset) == (None, 0, 0.0, None)
+    assert not step.can_bus[:3].any()
+
+
+def test_the_next_frame_gets_the_last_map_and_the_way_since() -> None:
+    step = running().step(3 * SECOND // 2, at(3.0), "drive")
+    np.testing.assert_array_equal(step.prev_bev, MAP * 2)
+    assert step.can_bus[0] == 1.0
+    assert (step.age, step.gap_s, step.reset) == (3, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("stamp_ns", "x", "scene", "reason"),
+    [
+        (3 * SECOND // 2, 3.0, "another drive", "scene_change"),
+        (4 * SECOND, 3.0, "drive", "gap"),
+        (SECOND, 3.0, "drive", "time_back"),
+        (0, 0.0, "drive", "time_back"),
+        (3 * SECOND // 2, 60.0, "drive", "ego_jump"),
+    ],
+)
+def test_the_past_is_dropped_where_it_explains_nothing(
+    stamp_ns: int, x: float, scene: str, reason: str
+) -> None:
+    memory = running()
+    step = memory.step(stamp_ns, at(x), scene)
+    assert step.reset == reason
+    assert step.prev_bev is None
+    assert not step.can_bus[:3].any()
+    assert memory.resets == {reason: 1}
+
+
+def test_a_frame_whose_result_never_came_leaves_no_map_and_no_deltas() -> None:
+    memory = running()
+    memory.step(3 * SECOND // 2, at(3.0), "drive")
+    step = memory.step(2 * SECOND, at(4.0), "drive")
+    assert step.prev_bev is None
+    assert not step.can_bus[:3].any()
+
+
+def test_a_reset_on_request_forgets_and_is_counted() -> None:
+    memory = running()
+    memory.reset("requested")
+    step = memory.step(3 * SECOND // 2, at(3.0), "drive")
+    assert step.prev_bev is None
+    assert step.age == 0
+    assert memory.resets == {"requested": 1}
+
+
+def test_dynamics_come_from_poses_or_from_the_can_bus_as_the_variant_says() -> None:
+    from_poses = running().step(3 * SECOND // 2, at(3.0), "drive", np.full(9, 7.0)).can_bus
+    assert from_poses[13] == pytest.approx(2.0)  # a metre in half a second
+    from_can = TemporalMemory(TINY.temporal).step(0, at(0), "drive", np.full(9, 7.0)).can_bus
+    np.testing.assert_array_equal(from_can[7:16], 7.0)
+    without_file = TemporalMemory(TINY.temporal).step(0, at(0), "drive").can_bus
+    np.testing.assert_array_equal(without_file[7:16], 0.0)
+
+
+def test_a_real_drive_is_one_piece(real_frames: Any) -> None:
+    """41 key frames at about 2 Hz around corners: nothing of it looks like a jump or a gap."""
+    memory = TemporalMemory(NANO.temporal)
+    for i, frame in enumerate(real_frames):
+        step = memory.step(frame.stamp_ns, frame.ego2global, frame.scene)
+        memory.store(MAP)
+        assert step.age == i
+    assert memory.resets == {}

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From picture bytes to the network's input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.preprocess import decode_picture, decode_reduction, normalise_picture, resize_picture
+from qdbev_ros.core.variant import load_variant
+
+NANO, TINY, SMALL = (load_variant(name).image for name in ("nano", "tiny", "small"))
+
+
+def jpeg(width: int, height: int, bgr: tuple[int, int, int] = (30, 60, 90)) -> bytes:
+    picture = np.full((height, width, 3), bgr, np.uint8)
+    return cv2.imencode(".jpg", picture)[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "reduction"),
+    [(1600, 900, 4), (1280, 720, 4), (800, 450, 2), (400, 225, 1), (160, 90, 1)],
+)
+def test_nano_decodes_jpegs_at_the_smallest_scale_that_covers_its_input(
+    width: int, height: int, reduction: int
+) -> None:
+    assert decode_reduction(width, height, NANO) == reduction
+    decoded = decode_picture(jpeg(width, height), width, height, NANO)
+    assert decoded.shape == (-(-height // reduction), -(-width // reduction), 3)
+    assert resize_picture(decoded, NANO).shape == (144, 256, 3)
+
+
+def test_reduced_decoding_shows_the_same_picture_at_the_same_place(real_frames: Any) -> None:
+    """A reduced decode is area averaging: within a few grey levels of averaging the full picture, not shifted."""
+    camera = real_frames[0].cameras[0]
+    data = camera.read()
+    fast = resize_picture(decode_picture(data, 1600, 900, NANO), NANO).astype(np.float32)
+    full = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    exact = cv2.resize(full, (256, 144), interpolation=cv2.INTER_AREA).astype(np.float32)
+    assert np.abs(fast - exact).mean() < 2.0
+    for shift in (-1, 1):
+        assert np.abs(fast - exact).mean() < 0.5 * np.abs(fast - np.roll(exact, shift, axis=1)).mean()
+
+
+def test_an_exif_orientation_does_not_turn_the_picture_away_from_its_calibration() -> None:
+    plain = jpeg(160, 90)
+    header = b"Exif\x00\x00II*\x00\x08\x00\x00\x00"
+    orientation_6 = b"\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00"  # "turn me by 90 degrees"
+    exif = header + orientation_6 + bytes(4)
+    turned = plain[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + plain[2:]
+    assert cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR).shape == (
+        160,
+        90,
+        3,
+    )  # it would turn
+    assert decode_picture(turned, 160, 90, NANO).shape == (90, 160, 3)
+
+
+def test_tiny_gets_rgb_with_imagenet_statistics_and_zero_padding() -> None:
+    """BEVFormer-tiny: 450 x 800 padded to 480 x 800, red first."""
+    picture = np.zeros((450, 800, 3), np.uint8)
+    picture[:, :, 2] = 200  # OpenCV's red
+    out = normalise_picture(picture, TINY)
+    assert out.shape == (3, 480, 800)
+    np.testing.assert_allclose(out[0, :450], (200 - 123.675) / 58.395, rtol=1e-5)
+    np.testing.assert_allclose(out[2, :450], -103.53 / 57.375, rtol=1e-5)
+    assert not out[:, 450:].any()
+
+
+def test_small_gets_bgr_with_the_mean_taken_off_only() -> None:
+    picture = np.zeros((720, 1280, 3), np.uint8)
+    picture[:, :, 0] = 200  # blue
+    out = normalise_picture(picture, SMALL)
+    assert out.shape == (3, 736, 1280)
+    np.testing.assert_allclose(out[0, 0, 0], 200 - 103.53, rtol=1e-5)
+    np.testing.assert_allclose(out[2, 0, 0], -123.675, rtol=1e-5)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", jpeg(160, 90)[:40]])
+def test_bytes_that_are_no_picture_are_refused(data: bytes) -> None:
+    with pytest.raises(DataError, match="no JPEG or PNG"):
+        decode_picture(data, 160, 90, NANO)
+
+
+def test_a_picture_of_another_size_than_its_calibration_is_refused() -> None:
+    with pytest.raises(DataError, match="800x450 pixels, its CameraInfo says 1600x900"):
+        decode_picture(jpeg(800, 450), 1600, 900, replace(NANO, decode="full"))
+
+
+def test_a_png_is_decoded_too() -> None:
+    data = cv2.imencode(".png", np.zeros((225, 400, 3), np.uint8))[1].tobytes()
+    assert decode_picture(data, 400, 225, NANO).shape == (225, 400, 3)
