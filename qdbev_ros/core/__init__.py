@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that training and the node share: geometry, ego motion, preprocessing, decoding, memory. No ROS, no engine."""
+"""What training and the node share: geometry, ego motion, preprocessing, decoding, memory. No ROS, no engine."""

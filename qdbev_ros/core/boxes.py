@@ -97,7 +97,7 @@ def encode_boxes(centers: Array, sizes: Array, yaws: Array, velocities: Array) -
 
 
 def decode_boxes(class_logits: NDArray[np.floating[Any]], codes: NDArray[np.floating[Any]]) -> Boxes:
-    """The best boxes of one frame (reference/bevformer, section 9).
+    """The best boxes of one frame (as BEVFormer's NMS-free coder does).
 
     class_logits (Q, 10) and codes (Q, 10) of the last decoder layer. Takes the best 300 of all query-class pairs, so
     a query may appear with several classes; drops centres outside CENTER_RANGE; no threshold, no suppression.
@@ -122,7 +122,7 @@ def decode_boxes(class_logits: NDArray[np.floating[Any]], codes: NDArray[np.floa
 
 
 def attribute_name(label: int, velocity: Array) -> str:
-    """nuScenes attribute of a box from its class and speed (reference/bevformer, section 13); empty for static objects."""
+    """nuScenes attribute of a box from its class and speed, by BEVFormer's rules; empty for static objects."""
     name = CLASSES[label]
     if float(np.hypot(velocity[0], velocity[1])) > MOVING_SPEED:
         if name in ("car", "construction_vehicle", "bus", "truck", "trailer"):

@@ -57,7 +57,7 @@ def dynamics_from_poses(previous: EgoState | None, stamp_ns: int, pose: Pose) ->
 def can_bus_vector(
     previous: EgoState | None, current: EgoState, temporal: TemporalSpec
 ) -> NDArray[np.float32]:
-    """The 18 numbers of one frame, deltas applied (reference/bevformer, section 5).
+    """The 18 numbers of one frame, deltas applied (BEVFormer's can_bus).
 
     0:3 translation since the previous frame in global axes (m) · 3:7 ego2global quaternion w x y z · 7:10
     acceleration · 10:13 rotation rate · 13:16 velocity · 16 absolute yaw in radians, 0..2 pi · 17 yaw in degrees
@@ -88,7 +88,7 @@ def bev_shift(can_bus: NDArray[np.floating[Any]], bev: BevSpec) -> NDArray[np.fl
 
 
 def rotation_sources(degrees: float, bev: BevSpec, center: tuple[float, float] | None) -> NDArray[np.int64]:
-    """(cells,) for each cell of the turned map the cell of the old map it is taken from; -1 outside (filled with zeros).
+    """(cells,): for each cell of the turned map the cell of the old map it is taken from; -1 outside (zeros).
 
     The old map is turned by `degrees` counter-clockwise as seen with row 0 on top (clockwise in the x right, y forward
     frame): what stands still does so when the car turns left. `center` is an (x, y) pixel, None the map's centre.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rigid transforms and camera calibration. Quaternions are (w, x, y, z) as in nuScenes; ROS messages hold (x, y, z, w)."""
+"""Rigid transforms and camera calibration. Quaternions are (w, x, y, z) as in nuScenes; ROS has (x, y, z, w)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ def decode_reduction(width: int, height: int, image: ImageSpec) -> int:
     """1, 2, 4 or 8: how much smaller a (width, height) JPEG may be decoded and still cover the network's input."""
     if image.decode == "full":
         return 1
-    return max(r for r in (1, 2, 4, 8) if r == 1 or (width // r >= image.width and height // r >= image.height))
+    return max(
+        r for r in (1, 2, 4, 8) if r == 1 or (width // r >= image.width and height // r >= image.height)
+    )
 
 
 def decode_picture(data: bytes | memoryview, width: int, height: int, image: ImageSpec) -> Picture:
@@ -55,13 +57,17 @@ def resize_picture(picture: Picture, image: ImageSpec) -> Picture:
     return cv2.resize(picture, size, interpolation=method)  # type: ignore[return-value]
 
 
-def normalise_picture(picture: Picture, image: ImageSpec, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+def normalise_picture(
+    picture: Picture, image: ImageSpec, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """(3, padded height, padded width) float32 from a picture of the input's size: (value - mean) / std, zero padding.
 
     `out` may hold the result; its padding must be zero already.
     """
     if picture.shape != (image.height, image.width, 3):
-        raise DataError(f"a picture of shape {picture.shape} where {(image.height, image.width, 3)} was expected")
+        raise DataError(
+            f"a picture of shape {picture.shape} where {(image.height, image.width, 3)} was expected"
+        )
     if out is None:
         out = np.zeros((3, image.padded_height, image.padded_width), np.float32)
     for channel in range(3):

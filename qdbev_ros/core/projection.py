@@ -109,7 +109,7 @@ def _gather_tables(uv: NDArray[np.float32], mask: NDArray[np.bool_]) -> VisibleC
 
 
 def project_points(lidar2img: Array, points: Array) -> tuple[Array, Array]:
-    """Pixels (..., 2) and depths (...) of points (..., 3) in the LIDAR_TOP frame; pixels are meaningless at depth <= 0."""
+    """Pixels (..., 2) and depths (...) of LIDAR_TOP points (..., 3); pixels are meaningless at depth <= 0."""
     homogeneous = np.concatenate([points, np.ones_like(points[..., :1])], axis=-1)
     image = homogeneous @ lidar2img.T
     depth = image[..., 2]

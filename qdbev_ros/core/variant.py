@@ -89,7 +89,7 @@ class BevSpec:
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """Sizes of the BEV encoder and the decoder (reference/bevformer, sections 1, 7 and 8)."""
+    """Sizes of the BEV encoder and the decoder (BEVFormer)."""
 
     channels: int
     heads: int

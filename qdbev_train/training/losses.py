@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Set prediction loss: Hungarian matching, focal and L1 loss of every decoder layer (reference/bevformer, section 10).
+"""Set prediction loss: Hungarian matching, focal and L1 loss of every decoder layer (BEVFormer, after DETR).
 
 Letters: L decoder layers, B batch, Q queries, T boxes of one sample.
 """
