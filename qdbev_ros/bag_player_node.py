@@ -43,7 +43,9 @@ class Player:
         self._bag.require_cameras(preset)
         self._publishers = self._advertise()
         self._clock = self.node.create_publisher(Clock, "/clock", 10) if self._parameters.clock else None
-        self._awaited = [t for t in self._parameters.wait_for or preset.image_topics() if t in self._publishers]
+        self._awaited = [
+            t for t in self._parameters.wait_for.split() or preset.image_topics() if t in self._publishers
+        ]
         self._messages: Iterator[tuple[str, int, bytes]] | None = None
         self._next: tuple[str, int, bytes] | None = None
         self._origin = (0, 0.0)  # bag time in ns, monotonic seconds
@@ -62,7 +64,7 @@ class Player:
         return True
 
     def close(self) -> None:
-        self._bag.__exit__(None, None, None)
+        self._bag.close()
 
     def _advertise(self) -> dict[str, Any]:
         """A publisher for every topic whose type is installed; static transforms stay for late listeners."""
@@ -74,7 +76,9 @@ class Player:
             try:
                 kind = getattr(importlib.import_module(f"{package}.msg"), name)
             except (ImportError, AttributeError):
-                self.node.get_logger().warning(f"{topic} is left out: message type {msgtype} is not installed")
+                self.node.get_logger().warning(
+                    f"{topic} is left out: message type {msgtype} is not installed"
+                )
                 continue
             quality = QoSProfile(depth=100)
             if topic == "/tf_static":
@@ -104,12 +108,16 @@ class Player:
     def _ready(self, now: float) -> bool:
         """Whether the listeners are there, or were waited for long enough."""
         if self._start_at is None:
-            lonely = [topic for topic in self._awaited if not self._publishers[topic].get_subscription_count()]
+            lonely = [
+                topic for topic in self._awaited if not self._publishers[topic].get_subscription_count()
+            ]
             if lonely and now < self._wait_until:
                 return False
             if lonely:
                 waited = f"{self._parameters.wait:g} s"
-                self.node.get_logger().warning(f"nobody listens to {', '.join(lonely)} after {waited}: playing anyway")
+                self.node.get_logger().warning(
+                    f"nobody listens to {', '.join(lonely)} after {waited}: playing anyway"
+                )
             self._start_at = now + SETTLE_S
         return now >= self._start_at
 

@@ -21,7 +21,7 @@ from std_srvs.srv import Trigger
 from qdbev_ros.core.errors import ConfigError, DataError
 from qdbev_ros.core.latency import StageLatencies
 from qdbev_ros.core.memory import MemoryPolicy
-from qdbev_ros.core.pipeline import CameraFrame, Frame, Pipeline, PictureError
+from qdbev_ros.core.pipeline import CameraFrame, Frame, PictureError, Pipeline
 from qdbev_ros.engine import load_package
 from qdbev_ros.ros.diagnostics import PipelineReport, camera_status, diagnostic_array, pipeline_status
 from qdbev_ros.ros.inputs import Inputs, Job, picture_of
@@ -44,7 +44,9 @@ class Detector:
         self.node = Node(NODE_NAME)
         parameters = declare(self.node, DetectorParameters)
         if not parameters.model:
-            raise ConfigError("parameter model is empty: give a package, e.g. --ros-args -p model:=demo/nano.qdbev")
+            raise ConfigError(
+                "parameter model is empty: give a package, e.g. --ros-args -p model:=demo/nano.qdbev"
+            )
         preset = load_preset(parameters.preset)
         engine = load_package(Path(parameters.model), backend=parameters.engine)
         policy = MemoryPolicy(parameters.max_gap, parameters.max_speed)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The node qdbev_recorder: writes topics into one MCAP file, raw, for machines without rosbag2.
 
-Example: ros2 run qdbev_ros recorder_node --ros-args -p output:=run.mcap -p topics:="['/qdbev_detector/detections']"
+Example: ros2 run qdbev_ros recorder_node --ros-args -p output:=run.mcap -p topics:="/tf /odom"
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class Recorder:
         self.node = Node(NODE_NAME)
         parameters = declare(self.node, RecorderParameters)
         if not parameters.output or not parameters.topics:
-            raise ConfigError("parameters output and topics must be given: what to record, and into which .mcap file")
-        self._wanted = set(parameters.topics)
+            raise ConfigError(
+                "parameters output and topics must be given: what to record, and into which .mcap file"
+            )
+        self._wanted = set(parameters.topics.split())
         self._writer = BagWriter(parameters.output)
         self._count = 0
         self._last = time.monotonic()

@@ -13,7 +13,15 @@ from types import TracebackType
 from typing import Any
 
 from rosbags.highlevel import AnyReader, AnyReaderError
-from rosbags.interfaces import Connection, Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
+from rosbags.interfaces import (
+    Connection,
+    Qos,
+    QosDurability,
+    QosHistory,
+    QosLiveliness,
+    QosReliability,
+    QosTime,
+)
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
@@ -37,7 +45,12 @@ class BagReader:
     def __enter__(self) -> BagReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._reader.close()
 
     @property
@@ -143,4 +156,6 @@ def installed_definition(msgtype: str) -> str:
     try:
         return (Path(get_package_share_directory(package)) / "msg" / f"{name}.msg").read_text()
     except (PackageNotFoundError, OSError) as error:
-        raise DataError(f"no definition of message type {msgtype}: source the workspace that has it") from error
+        raise DataError(
+            f"no definition of message type {msgtype}: source the workspace that has it"
+        ) from error

@@ -89,8 +89,12 @@ def check_intrinsics(k: Array, p: Array, width: int, height: int) -> Intrinsics:
         raise ValueError("K or P holds NaN or infinite numbers")
     matrix = np.asarray(k, np.float64).reshape(3, 3)
     if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
-        raise ValueError(f"K is no camera matrix, fx = {matrix[0, 0]:g} and fy = {matrix[1, 1]:g} must be positive")
+        raise ValueError(
+            f"K is no camera matrix, fx = {matrix[0, 0]:g} and fy = {matrix[1, 1]:g} must be positive"
+        )
     if width < 1 or height < 1:
         raise ValueError(f"the picture size {width}x{height} is empty")
     projection = np.asarray(p, np.float64).reshape(3, 4)[:, :3]
-    return Intrinsics(projection.copy() if projection[0, 0] > 0 and projection[1, 1] > 0 else matrix, width, height)
+    return Intrinsics(
+        projection.copy() if projection[0, 0] > 0 and projection[1, 1] > 0 else matrix, width, height
+    )

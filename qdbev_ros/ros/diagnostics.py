@@ -83,7 +83,9 @@ def pipeline_status(
     return _status(PIPELINE, level, text, report.engine, values)
 
 
-def _status(name: str, level: Level, text: str, hardware: str, values: Mapping[str, object]) -> DiagnosticStatus:
+def _status(
+    name: str, level: Level, text: str, hardware: str, values: Mapping[str, object]
+) -> DiagnosticStatus:
     pairs = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
     return DiagnosticStatus(
         name=name, level=bytes([level]), message=text, hardware_id=hardware, values=pairs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector's subscriptions: pictures, CameraInfo, transforms. Ends in jobs that hold all that one inference needs."""
+"""The detector's subscriptions: pictures, CameraInfo, transforms. They end in jobs, each with all one inference needs."""
 
 from __future__ import annotations
 
@@ -127,14 +127,18 @@ class Inputs:
             pose = self._pose(transform, "/tf")
             if pose is not None:
                 stamp = stamp_to_ns(transform.header.stamp)
-                self.tree.insert(_frame(transform.header.frame_id), _frame(transform.child_frame_id), stamp, pose)
+                self.tree.insert(
+                    _frame(transform.header.frame_id), _frame(transform.child_frame_id), stamp, pose
+                )
         self._pump()
 
     def _on_tf_static(self, message: TFMessage) -> None:
         for transform in message.transforms:
             pose = self._pose(transform, "/tf_static")
             if pose is not None:
-                self.tree.set_static(_frame(transform.header.frame_id), _frame(transform.child_frame_id), pose)
+                self.tree.set_static(
+                    _frame(transform.header.frame_id), _frame(transform.child_frame_id), pose
+                )
         self._pump()
 
     def _pose(self, transform: Any, topic: str) -> Pose | None:

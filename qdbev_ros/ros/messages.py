@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
-from geometry_msgs.msg import Point, Pose as PoseMessage, Quaternion, Vector3
+from geometry_msgs.msg import Point, Quaternion, Vector3
+from geometry_msgs.msg import Pose as PoseMessage
 from std_msgs.msg import ColorRGBA, Header
 from vision_msgs.msg import Detection3D, Detection3DArray, ObjectHypothesisWithPose
 from visualization_msgs.msg import Marker, MarkerArray
@@ -71,14 +72,22 @@ def detection_array(header: Header, boxes: Boxes) -> Detection3DArray:
 
 
 def object_array(
-    kinds: Any, header: Header, boxes: Boxes, model: str, used: list[str], missing: list[str], memory: MemoryInput
+    kinds: Any,
+    header: Header,
+    boxes: Boxes,
+    model: str,
+    used: list[str],
+    missing: list[str],
+    memory: MemoryInput,
 ) -> Any:
     """Boxes as qdbev_msgs/DetectedObjectArray; `kinds` is the module qdbev_msgs.msg."""
     message = kinds.DetectedObjectArray(
         header=header, model=model, cameras_used=used, cameras_missing=missing, memory_age=memory.age,
         memory_gap=float(memory.gap_s),
     )  # fmt: skip
-    remembered = kinds.DetectedObjectArray.MEMORY_TRACKING if memory.age else kinds.DetectedObjectArray.MEMORY_EMPTY
+    remembered = (
+        kinds.DetectedObjectArray.MEMORY_TRACKING if memory.age else kinds.DetectedObjectArray.MEMORY_EMPTY
+    )
     message.memory_state = kinds.DetectedObjectArray.MEMORY_RESET if memory.reset else remembered
     for index in range(len(boxes)):
         vx, vy = (float(v) for v in boxes.velocities[index])
@@ -117,7 +126,9 @@ def _markers_of(boxes: Boxes, index: int, color: ColorRGBA) -> list[Marker]:
     cos, sin = float(np.cos(boxes.yaws[index])), float(np.sin(boxes.yaws[index]))
     center, nose = Point(x=x, y=y, z=z), size.x / 2 + 0.5
     front = Point(x=x + nose * cos, y=y + nose * sin, z=z)
-    heading = Marker(ns="heading", type=Marker.LINE_STRIP, scale=Vector3(x=0.1), color=color, points=[center, front])
+    heading = Marker(
+        ns="heading", type=Marker.LINE_STRIP, scale=Vector3(x=0.1), color=color, points=[center, front]
+    )
     vx, vy = (float(v) for v in boxes.velocities[index])
     velocity = Marker(ns="velocity", type=Marker.ARROW, color=color, scale=Vector3(x=0.15, y=0.4, z=0.4))
     if np.hypot(vx, vy) < MOVING_ARROW:

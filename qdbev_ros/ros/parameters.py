@@ -9,17 +9,19 @@ from typing import Any, TypeVar
 
 from qdbev_ros.core.errors import ConfigError
 
-Value = str | int | float | bool | list[str]
+Value = str | int | float | bool
 P = TypeVar("P")
 
 
 def parameter(
-    default: Value, text: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+    default: Value,
+    text: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field that is a ROS parameter. Numbers need `low` and `high`."""
     metadata = {"text": text, "low": low, "high": high, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -32,7 +34,9 @@ class DetectorParameters:
     preset: str = parameter("nuscenes", "topic names: a preset of config/presets.yaml")
     fixed_frame: str = parameter("map", "frame in which the vehicle moves")
     base_frame: str = parameter("base_link", "frame of the vehicle")
-    model_frame: str = parameter("LIDAR_TOP", "frame of the model and of all outputs: x right, y forward, z up")
+    model_frame: str = parameter(
+        "LIDAR_TOP", "frame of the model and of all outputs: x right, y forward, z up"
+    )
     ego_motion: str = parameter("tf", "where the vehicle's motion comes from", choices=("tf", "odometry"))
     image_reliability: str = parameter(
         "best_effort",
@@ -42,10 +46,14 @@ class DetectorParameters:
     max_spread: float = parameter(0.06, "seconds between the oldest and newest picture of a set", 0.001, 1.0)
     sync_deadline: float = parameter(0.3, "seconds after which an incomplete set is given up", 0.01, 10.0)
     tf_timeout: float = parameter(0.5, "seconds that a complete set waits for transforms", 0.0, 10.0)
-    queue_size: int = parameter(1, "sets that may wait for the engine; the oldest goes first when full", 1, 1000)
+    queue_size: int = parameter(
+        1, "sets that may wait for the engine; the oldest goes first when full", 1, 1000
+    )
     decode_threads: int = parameter(2, "threads that decode pictures", 1, 64)
     max_gap: float = parameter(2.0, "seconds without a set after which the memory is forgotten", 0.01, 60.0)
-    max_speed: float = parameter(60.0, "m/s; a vehicle that moved faster has jumped: memory is forgotten", 1.0, 1000.0)
+    max_speed: float = parameter(
+        60.0, "m/s; a vehicle that moved faster has jumped: memory is forgotten", 1.0, 1000.0
+    )
     score_threshold: float = parameter(0.0, "lowest score in ~/detections and ~/objects", 0.0, 1.0)
     max_detections: int = parameter(300, "most boxes in ~/detections and ~/objects, best first", 1, 300)
     display_threshold: float = parameter(0.3, "lowest score in ~/markers", 0.0, 1.0)
@@ -60,9 +68,13 @@ class PlayerParameters:
     rate: float = parameter(1.0, "speed; 2 is twice as fast as recorded", 0.01, 100.0)
     loop: bool = parameter(False, "start again at the end, with the original stamps")
     clock: bool = parameter(False, "publish /clock")
-    wait: float = parameter(60.0, "seconds to wait for a subscription on every topic of wait_for", 0.0, 3600.0)
-    wait_for: list[str] = parameter([], "topics to wait for; empty: the preset's images")
-    linger: float = parameter(2.0, "seconds to stay after the last message, for those that still work on it", 0.0, 600.0)
+    wait: float = parameter(
+        60.0, "seconds to wait for a subscription on every topic of wait_for", 0.0, 3600.0
+    )
+    wait_for: str = parameter("", "topics to wait for, blanks between; empty: the preset's images")
+    linger: float = parameter(
+        2.0, "seconds to stay after the last message, for those that still work on it", 0.0, 600.0
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class RecorderParameters:
     """Parameters of qdbev_recorder."""
 
     output: str = parameter("", "file to write, OUT.mcap; an existing one is replaced at the end")
-    topics: list[str] = parameter([], "topics to record")
+    topics: str = parameter("", "topics to record, blanks between")
 
 
 def declare(node: Any, kind: type[P]) -> P:
@@ -87,21 +99,27 @@ def declare(node: Any, kind: type[P]) -> P:
         bool: Parameter.Type.BOOL,
         int: Parameter.Type.INTEGER,
         float: Parameter.Type.DOUBLE,
-        list: Parameter.Type.STRING_ARRAY,
     }
     values = {}
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
-        default = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
+        default = getattr(kind(), item.name)
         meta = item.metadata
-        descriptor = ParameterDescriptor(description=meta["text"], read_only=True, type=types[type(default)].value)
+        descriptor = ParameterDescriptor(
+            description=meta["text"], read_only=True, type=types[type(default)].value
+        )
         if isinstance(default, float):
-            descriptor.floating_point_range = [FloatingPointRange(from_value=meta["low"], to_value=meta["high"])]
+            descriptor.floating_point_range = [
+                FloatingPointRange(from_value=meta["low"], to_value=meta["high"])
+            ]
         elif isinstance(default, int) and not isinstance(default, bool):
             descriptor.integer_range = [IntegerRange(from_value=meta["low"], to_value=meta["high"], step=1)]
         try:
             values[item.name] = node.declare_parameter(item.name, default, descriptor).value
         except ParameterException as error:
-            raise ConfigError(f"parameter {item.name} ({meta['text']}): {' '.join(str(error).split())}") from error
-        if meta["choices"] and values[item.name] not in meta["choices"]:
-            raise ConfigError(f"parameter {item.name} is {values[item.name]!r}; use one of {', '.join(meta['choices'])}")
-    return kind(**{k: list(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
+            raise ConfigError(
+                f"parameter {item.name} ({meta['text']}): {' '.join(str(error).split())}"
+            ) from error
+        value = values[item.name]
+        if meta["choices"] and value not in meta["choices"]:
+            raise ConfigError(f"parameter {item.name} is {value!r}; use one of {', '.join(meta['choices'])}")
+    return kind(**values)

@@ -31,10 +31,14 @@ class TopicPreset:
 
     def __post_init__(self) -> None:
         if self.image_type not in ("compressed", "raw"):
-            raise ConfigError(f"preset {self.name}: image_type is {self.image_type!r}; use 'compressed' or 'raw'")
+            raise ConfigError(
+                f"preset {self.name}: image_type is {self.image_type!r}; use 'compressed' or 'raw'"
+            )
         for key in ("image", "camera_info"):
             if "{camera}" not in getattr(self, key):
-                raise ConfigError(f"preset {self.name}: {key} must hold {{camera}}, got {getattr(self, key)!r}")
+                raise ConfigError(
+                    f"preset {self.name}: {key} must hold {{camera}}, got {getattr(self, key)!r}"
+                )
 
     def image_topic(self, camera: str) -> str:
         return self.image.format(camera=camera)

@@ -15,7 +15,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
-from qdbev_ros.core.errors import QdbevError
+from qdbev_ros.core.errors import ConfigError, QdbevError
 
 
 class ManagedNode(Protocol):
@@ -31,15 +31,12 @@ class ManagedNode(Protocol):
 
 
 def run(name: str, make: Callable[[], ManagedNode]) -> int:
-    """Runs a node until it is finished or a SIGINT or SIGTERM; the exit code is 0, or 2 where the user must mend something.
-
-    rclpy's own signal handlers are off: they invalidate the context while a message is taken.
-    """
+    """Runs a node until it is finished or a SIGINT or SIGTERM; exit code 0, or 2 where the user must mend something."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+        _init()
         managed = make()
     except QdbevError as error:
         print(f"{name}: error: {error}", file=sys.stderr, flush=True)
@@ -59,3 +56,11 @@ def run(name: str, make: Callable[[], ManagedNode]) -> int:
         managed.node.destroy_node()
         rclpy.try_shutdown()
     return 0
+
+
+def _init() -> None:
+    """Starts rclpy without its own signal handlers: they invalidate the context while a message is taken."""
+    try:
+        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    except RuntimeError as error:  # rcl's, for --ros-args that it cannot parse
+        raise ConfigError(" ".join(str(error).split())) from error

@@ -87,7 +87,8 @@ def test_unknown_and_unconnected_frames_are_named(tree: TransformTree) -> None:
 
 def test_poses_out_of_order_are_sorted_in(tree: TransformTree) -> None:
     tree.insert("map", "base_link", SECOND * 3 // 4, at(20.0))
-    assert tree.lookup("map", "base_link", SECOND * 3 // 4).translation[0] == 20.0 and tree.resets == 0
+    assert tree.lookup("map", "base_link", SECOND * 3 // 4).translation[0] == 20.0
+    assert tree.resets == 0
 
 
 def test_time_going_back_forgets_the_old_pass_but_not_the_calibration(tree: TransformTree) -> None:

@@ -51,10 +51,12 @@ def test_every_moment_becomes_one_set_named_by_its_newest_stamp(period_ms: int) 
     sets = feed(sync, pictures(period_ms, 5))
     assert [s.stamp_ns for s in sets] == [(1_000_000 + i * period_ms) * MS for i in range(5)]
     for frame in sets:
-        assert tuple(frame.images) == CAMERAS and frame.missing == ()
+        assert tuple(frame.images) == CAMERAS
+        assert frame.missing == ()
         assert all(image.stamp_ns == image.payload for image in frame.images.values())
         assert frame.spread_s == pytest.approx(0.042)
-    assert not sync.counters.dropped and sync.waiting == 0
+    assert not sync.counters.dropped
+    assert sync.waiting == 0
 
 
 def test_a_lost_picture_costs_its_set_only_and_names_the_camera() -> None:
@@ -63,7 +65,8 @@ def test_a_lost_picture_costs_its_set_only_and_names_the_camera() -> None:
     images.remove(("CAM_BACK", (1_000_083 - 10) * MS))
     sets = feed(sync, images)
     assert [s.missing for s in sets] == [(), ("CAM_BACK",), (), ()]
-    assert sync.counters.missing == {"CAM_BACK": 1} and sync.counters.dropped == {"incomplete": 5}
+    assert sync.counters.missing == {"CAM_BACK": 1}
+    assert sync.counters.dropped == {"incomplete": 5}
 
 
 def test_pictures_further_apart_than_the_spread_are_never_one_set() -> None:
@@ -75,13 +78,15 @@ def test_pictures_further_apart_than_the_spread_are_never_one_set() -> None:
 def test_duplicates_and_late_pictures_are_dropped_and_counted() -> None:
     sync: Synchroniser[int] = Synchroniser(("A", "B"))
     feed(sync, [("A", 100 * MS), ("A", 100 * MS), ("B", 101 * MS), ("B", 101 * MS), ("A", 99 * MS)])
-    assert sync.counters.dropped == {"duplicate": 2, "late": 1} and sync.counters.complete_sets == 1
+    assert sync.counters.dropped == {"duplicate": 2, "late": 1}
+    assert sync.counters.complete_sets == 1
 
 
 def test_pictures_out_of_order_still_make_their_set() -> None:
     sync: Synchroniser[int] = Synchroniser(("A", "B"))
     sets = feed(sync, [("A", 200 * MS), ("A", 100 * MS), ("B", 100 * MS), ("B", 200 * MS)])
-    assert [s.stamp_ns for s in sets] == [100 * MS, 200 * MS] and sync.counters.reordered == 1
+    assert [s.stamp_ns for s in sets] == [100 * MS, 200 * MS]
+    assert sync.counters.reordered == 1
 
 
 def test_an_incomplete_set_is_given_up_after_the_deadline() -> None:
@@ -105,7 +110,8 @@ def test_last_pictures_of_the_old_pass_do_not_poison_the_new_one() -> None:
     mixed = [*images[:-2], *images[:2], *images[-2:], *images[2:]]
     sets = [s for s in feed(sync, mixed) if not s.missing]
     assert [s.stamp_ns for s in sets[5:]] == [(1_000_000 + i * 500) * MS for i in range(6)]
-    assert sync.counters.resets == {"time_back": 1} and sync.counters.dropped["before_jump"] == 2
+    assert sync.counters.resets == {"time_back": 1}
+    assert sync.counters.dropped["before_jump"] == 2
 
 
 def test_a_silent_camera_does_not_let_the_others_pile_up() -> None:
@@ -113,7 +119,8 @@ def test_a_silent_camera_does_not_let_the_others_pile_up() -> None:
     for camera, stamp in pictures(10, 100):
         if camera != "CAM_FRONT":
             sync.add(camera, stamp, stamp)
-    assert sync.waiting <= 5 * 4 and sync.counters.complete_sets == 0
+    assert sync.waiting <= 5 * 4
+    assert sync.counters.complete_sets == 0
     assert sync.counters.missing["CAM_FRONT"] + sync.counters.dropped["overflow"] > 0
 
 
@@ -149,7 +156,8 @@ def test_whatever_arrives_sets_are_sound_and_nothing_vanishes_uncounted(
         for frame in sync.add(camera, stamp, stamp):
             sets.append(frame)
             assert sorted([*frame.images, *frame.missing]) == sorted(CAMERAS)
-            assert frame.spread_s < 0.060001 and all(i.payload == i.stamp_ns for i in frame.images.values())
+            assert frame.spread_s < 0.060001
+            assert all(i.payload == i.stamp_ns for i in frame.images.values())
             if not frame.missing:
                 if resets == sum(sync.counters.resets.values()):
                     assert frame.stamp_ns > newest

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detector, with a bag player, a recorder and RViz where asked for. What runs is described in qdbev_ros.bringup.
+
+Example: ros2 launch qdbev_ros detect.launch.py model:=demo/nano.qdbev bag:=demo/town.mcap rviz:=true
+"""
+
+from launch.actions import (
+    DeclareLaunchArgument,
+    EmitEvent,
+    LogInfo,
+    OpaqueFunction,
+    RegisterEventHandler,
+    SetEnvironmentVariable,
+)
+from launch.event_handlers import OnProcessExit
+from launch.events import Shutdown
+from launch.events.process import ProcessExited
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+
+from launch import LaunchContext, LaunchDescription
+from qdbev_ros.bringup import ARGUMENTS, Process, describe
+from qdbev_ros.core.errors import QdbevError
+
+
+def start(context: LaunchContext):
+    given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in ARGUMENTS}
+    try:
+        bringup = describe(given)
+    except QdbevError as error:
+        raise RuntimeError(str(error)) from None  # ros2 launch prints the text and exits with 1
+    actions = [LogInfo(msg=f"warning: {warning}") for warning in bringup.warnings]
+    actions += [SetEnvironmentVariable(name, value) for name, value in bringup.environment.items()]
+    for process in bringup.processes:
+        node = make_node(process)
+        actions += [RegisterEventHandler(OnProcessExit(target_action=node, on_exit=end_all)), node]
+    return actions
+
+
+def make_node(process: Process) -> Node:
+    return Node(
+        package=process.package,
+        executable=process.executable,
+        name=process.name,
+        parameters=[*process.parameter_files, process.parameters],
+        arguments=list(process.arguments),
+        remappings=list(process.remappings),
+        output="screen",
+        sigterm_timeout="12",  # the nodes finish what is under way
+    )
+
+
+def end_all(event: ProcessExited, context: LaunchContext):
+    """Where one process ends, all end. A second Shutdown while one is under way would make launch exit with 1."""
+    if context.is_shutdown:
+        return []
+    return [EmitEvent(event=Shutdown(reason=f"{event.process_name} ended with {event.returncode}"))]
+
+
+def generate_launch_description() -> LaunchDescription:
+    declared = []
+    for argument in ARGUMENTS:
+        choices = list(argument.choices) or None
+        declared.append(
+            DeclareLaunchArgument(
+                argument.name, default_value=argument.default, description=argument.text, choices=choices
+            )
+        )
+    return LaunchDescription([*declared, OpaqueFunction(function=start)])

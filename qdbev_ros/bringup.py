@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which processes run, with which parameters: one description for `ros2 launch` and for machines without it.
+
+Example: python -m qdbev_ros.bringup model:=demo/nano.qdbev bag:=demo/town.mcap record:=out/run.mcap
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from qdbev_ros.core.errors import ConfigError, QdbevError
+from qdbev_ros.core.variant import CAMERAS
+from qdbev_ros.ros.presets import TopicPreset, config_folder, load_preset
+
+PACKAGE = "qdbev_ros"
+DETECTOR = "qdbev_detector"
+SHARED_MEMORY_MB = 256  # that camera images need; with less they go over UDP
+STOP_S = (12.0, 4.0)  # how long a process may take after SIGINT, then after SIGTERM, before SIGKILL
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A launch argument; `choices` are the legal values where they are few."""
+
+    name: str
+    default: str
+    text: str
+    choices: tuple[str, ...] = ()
+
+
+BOOLEAN = ("true", "false")
+ARGUMENTS = (
+    Argument("model", "", "path of the .qdbev package (required)"),
+    Argument("bag", "", "bag to play: .mcap, .db3 or bag folder; empty: live cameras"),
+    Argument("rate", "1.0", "speed of the bag"),
+    Argument("loop", "false", "play the bag again and again", BOOLEAN),
+    Argument("preset", "nuscenes", "topic names: a preset of config/presets.yaml"),
+    Argument("params", "", "parameter file of the node; empty: config/detector.yaml"),
+    Argument("engine", "", "inference engine; empty: as in the parameter file"),
+    Argument("queue_size", "", "sets that may wait for the engine; empty: as in the parameter file"),
+    Argument("rviz", "false", "show the result in rviz2", BOOLEAN),
+    Argument("record", "", "file to record results, transforms and annotations into, OUT.mcap; empty: none"),
+    Argument("record_images", "false", "record the camera images, too", BOOLEAN),
+    Argument("use_sim_time", "false", "take the time from the bag (/clock)", BOOLEAN),
+)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process. `parameters` win over `parameter_files`. Where one ends, all end."""
+
+    name: str  # of the node
+    package: str
+    executable: str
+    parameters: dict[str, str | bool | int | float] = field(default_factory=dict)
+    parameter_files: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    remappings: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Bringup:
+    """All processes, what they need in the environment, and warnings for the user."""
+
+    processes: tuple[Process, ...]
+    environment: dict[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+def describe(given: Mapping[str, str], environment: Mapping[str, str] | None = None) -> Bringup:
+    """What the launch arguments `given` ask for. Raises ConfigError that names the argument."""
+    values = _checked(given)
+    preset = load_preset(values["preset"])
+    sim_time: dict[str, str | bool | int | float] = {"use_sim_time": values["use_sim_time"] == "true"}
+    processes = [_detector(values, sim_time)]
+    if values["record"]:
+        topics = " ".join(recorded_topics(preset, images=values["record_images"] == "true"))
+        output = str(Path(values["record"]).absolute())
+        # The recorder keeps to the wall clock: on a looped bag the bag's own time would go back in the file.
+        processes.append(
+            Process("qdbev_recorder", PACKAGE, "recorder_node", {"output": output, "topics": topics})
+        )
+    if values["bag"]:
+        processes.append(_player(values, preset))
+    if values["rviz"] == "true":
+        processes.append(_rviz(preset, sim_time))
+    extra, warnings = _transport(os.environ if environment is None else environment)
+    return Bringup(tuple(processes), extra, warnings)
+
+
+def recorded_topics(preset: TopicPreset, images: bool) -> list[str]:
+    """What a recording holds: all results, and what it takes to judge and show them."""
+    results = [f"/{DETECTOR}/{name}" for name in ("detections", "objects", "markers")]
+    topics = [*results, "/diagnostics", "/tf", "/tf_static", preset.annotations, *preset.info_topics()]
+    return [*topics, *preset.image_topics()] if images else topics
+
+
+def _checked(given: Mapping[str, str]) -> dict[str, str]:
+    known = {argument.name: argument for argument in ARGUMENTS}
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"no argument {name!r}; known: {', '.join(known)}")
+        choices = known[name].choices
+        if choices and value.lower() not in choices:
+            raise ConfigError(f"argument {name} is {value!r}; use one of {', '.join(choices)}")
+    values = {name: given.get(name, argument.default) for name, argument in known.items()}
+    values |= {name: value.lower() for name, value in values.items() if known[name].choices}
+    if not values["model"]:
+        raise ConfigError("argument model is missing: give a package, e.g. model:=demo/nano.qdbev")
+    for name in ("model", "bag", "params"):
+        if values[name] and not Path(values[name]).exists():
+            raise ConfigError(f"argument {name}: {values[name]} doesn't exist")
+    for name, kind in (("rate", float), ("queue_size", int)):
+        try:
+            kind(values[name] or "0")
+        except ValueError:
+            raise ConfigError(f"argument {name} is {values[name]!r}, which is no number") from None
+    return values
+
+
+def _detector(values: dict[str, str], sim_time: dict[str, str | bool | int | float]) -> Process:
+    parameters: dict[str, str | bool | int | float] = {
+        "model": str(Path(values["model"]).absolute()),
+        "preset": values["preset"],
+        **sim_time,
+    }
+    if values["engine"]:
+        parameters["engine"] = values["engine"]
+    if values["queue_size"]:
+        parameters["queue_size"] = int(values["queue_size"])
+    if values["bag"]:
+        # Our player offers reliable images, and a replay should lose none of them.
+        parameters["image_reliability"] = "reliable"
+    file = values["params"] or str(config_folder() / "detector.yaml")
+    return Process(DETECTOR, PACKAGE, "detector_node", parameters, (str(Path(file).absolute()),))
+
+
+def _player(values: dict[str, str], preset: TopicPreset) -> Process:
+    wait_for = preset.image_topics() + ([preset.annotations] if values["record"] else [])
+    parameters: dict[str, str | bool | int | float] = {
+        "bag": str(Path(values["bag"]).absolute()),
+        "preset": preset.name,
+        "rate": float(values["rate"]),
+        "loop": values["loop"] == "true",
+        "clock": values["use_sim_time"] == "true",
+        "wait_for": " ".join(wait_for),
+    }
+    return Process("qdbev_bag_player", PACKAGE, "bag_player_node", parameters)
+
+
+def _rviz(preset: TopicPreset, sim_time: dict[str, str | bool | int | float]) -> Process:
+    # RViz tells the transport from the last part of a topic's name, which must be "compressed".
+    remappings = tuple((f"/{camera}/image_rect/compressed", preset.image_topic(camera)) for camera in CAMERAS)
+    view = str(config_folder() / "qdbev.rviz")
+    return Process("rviz2", "rviz2", "rviz2", sim_time, arguments=("-d", view), remappings=remappings)
+
+
+def _transport(environment: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Fast DDS profile for large images unless the user has one, and a warning where shared memory is too small."""
+    names = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")  # Humble and Jazzy; Kilted
+    extra = {}
+    if not any(environment.get(name) for name in names):
+        extra = dict.fromkeys(names, str(config_folder() / "fastdds_shm.xml"))
+    try:
+        statistics = os.statvfs("/dev/shm")
+    except OSError:
+        return extra, ("there is no /dev/shm: images go over UDP, raw ones will get lost",)
+    megabytes = statistics.f_frsize * statistics.f_blocks // 2**20
+    if megabytes >= SHARED_MEMORY_MB:
+        return extra, ()
+    text = f"/dev/shm has {megabytes} MB, less than {SHARED_MEMORY_MB}: images go over UDP, raw ones will get lost"
+    return extra, (text + " (docker run --shm-size=1g)",)
+
+
+def command(process: Process, folder: Path) -> list[str]:
+    """The command line of a process without `ros2`; its parameters go to a file in `folder`."""
+    if process.package != PACKAGE:
+        program = shutil.which(process.executable)
+        if program is None:
+            raise ConfigError(f"{process.executable} is not installed: leave rviz:=true out")
+        start = [program, *process.arguments]
+    else:
+        start = [sys.executable, "-m", f"{PACKAGE}.{process.executable}", *process.arguments]
+    # Under the node's own name: a parameter file's section of that name would win over a bare -p.
+    overrides = folder / f"{process.name}.yaml"
+    overrides.write_text(yaml.safe_dump({process.name: {"ros__parameters": process.parameters}}))
+    files = [item for path in (*process.parameter_files, str(overrides)) for item in ("--params-file", path)]
+    names = (("__node", process.name), *process.remappings)
+    remaps = [item for old, new in names for item in ("-r", f"{old}:={new}")]
+    return [*start, "--ros-args", *remaps, *files]
+
+
+def run(bringup: Bringup) -> int:
+    """Starts everything, ends everything when one process ends or on Ctrl-C. The first failure's exit code, or 0."""
+    stop = False
+
+    def request_stop(*_: object) -> None:
+        nonlocal stop
+        stop = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+    for warning in bringup.warnings:
+        print(f"bringup: warning: {warning}", file=sys.stderr, flush=True)
+    environment = os.environ | bringup.environment
+    with tempfile.TemporaryDirectory(prefix="qdbev-") as folder:
+        commands = [command(process, Path(folder)) for process in bringup.processes]
+        # Sessions of their own: Ctrl-C in the terminal reaches this process, which passes it on once.
+        running = [subprocess.Popen(line, env=environment, start_new_session=True) for line in commands]
+        try:
+            while not stop and all(process.poll() is None for process in running):
+                time.sleep(0.05)
+            # A failure is what ended things, not what the end did to the others.
+            failed = [process.returncode for process in running if process.poll() is not None]
+        finally:
+            _stop(running)
+    codes = [code for code in [*failed, *(process.returncode for process in running)] if code]
+    return (codes[0] if codes[0] > 0 else 128 - codes[0]) if codes else 0
+
+
+def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGINT, and stronger signals for what does not end in time."""
+    for number, patience in ((signal.SIGINT, STOP_S[0]), (signal.SIGTERM, STOP_S[1]), (signal.SIGKILL, 5.0)):
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(number)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and any(process.poll() is None for process in running):
+            time.sleep(0.02)
+
+
+def parse(words: Sequence[str]) -> dict[str, str]:
+    """`name:=value` words as a mapping. Raises ConfigError for anything else."""
+    given = {}
+    for word in words:
+        name, separator, value = word.partition(":=")
+        if not separator:
+            raise ConfigError(f"{word!r} is no argument: write name:=value; --show-args lists the names")
+        given[name] = value
+    return given
+
+
+def show_arguments() -> str:
+    """The arguments with defaults and texts, as `ros2 launch --show-args` prints them."""
+    lines = []
+    for argument in ARGUMENTS:
+        default = f"default: {argument.default!r}" if argument.default else "no default"
+        legal = f", one of {', '.join(argument.choices)}" if argument.choices else ""
+        lines.append(f"{argument.name}:={'...':4} {argument.text} ({default}{legal})")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    if not words or {"-h", "--help", "--show-args"} & set(words):
+        print(f"{(__doc__ or '').strip()}\n\n{show_arguments()}")
+        return 0
+    try:
+        return run(describe(parse(words)))
+    except QdbevError as error:
+        print(f"bringup: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
