@@ -76,3 +76,13 @@ def devkit(nuscenes_root: Path) -> Any:
     """The real scene opened by the official devkit: the second opinion on every convention."""
     nuscenes = pytest.importorskip("nuscenes", reason="nuscenes-devkit isn't installed")
     return nuscenes.NuScenes(version="v1.0-mini", dataroot=str(nuscenes_root), verbose=False)
+
+
+@pytest.fixture(scope="session")
+def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set of tests/small_dataset.py; shared, so not to be written to."""
+    from tests.small_dataset import write_small_dataset
+
+    root = tmp_path_factory.mktemp("nuscenes") / "small"
+    write_small_dataset(root)
+    return root
