@@ -15,6 +15,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="write a nuScenes scene as a ROS 2 bag",
         description="Writes the key frames of a scene in nuScenes format as one MCAP file for `ros2 bag play`.",
         epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataroot", type=Path, help="folder that holds the tables' folder and samples/")
     parser.add_argument("out", type=Path, metavar="OUT.mcap", help="the bag; replaced if it exists")

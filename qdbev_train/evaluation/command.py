@@ -16,6 +16,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="official NDS and mAP of a checkpoint or a package",
         description="Runs a model over a split, as the node would, and scores it with nuscenes-devkit.",
         epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model", type=Path, help=".qdbev package, or .safetensors checkpoint (float or quantised)"

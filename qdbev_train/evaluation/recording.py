@@ -67,8 +67,9 @@ def read_answers(bag: Path) -> tuple[str, list[Answer]]:
                     messages = (reader.deserialize(raw, msgtype) for _, _, raw in reader.messages(found))
                     return topics[0], [convert(message) for message in messages]
             present = ", ".join(sorted({c.topic for c in reader.connections})) or "nothing"
-    except (AnyReaderError, OSError) as error:
-        raise DataError(f"{bag}: not a ROS 2 bag that can be read: {error}") from error
+    except (AnyReaderError, OSError, ValueError, IndexError, TypeError, AssertionError) as error:
+        # rosbags meets damage in many places and has many words for it.
+        raise DataError(f"{bag}: not a whole ROS 2 bag: {' '.join(str(error).split())}") from error
     raise DataError(f"{bag}: no {OBJECTS} and no {DETECTIONS} messages; it holds {present}")
 
 

@@ -19,6 +19,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Scores recorded detections with nuscenes-devkit, over the scenes that the recording touches."
         " Samples without an answer count as frames in which nothing was seen.",
         epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bag", type=Path, help="recording with the node's ~/objects (or ~/detections)")
     add_data_arguments(parser)
