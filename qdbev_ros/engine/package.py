@@ -74,10 +74,9 @@ def write_package(
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-                for name, content in ((MANIFEST, text), (MODEL, model)):
-                    archive.writestr(_zip_info(name), content)
+        with os.fdopen(handle, "wb") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in ((MANIFEST, text), (MODEL, model)):
+                archive.writestr(_zip_info(name), content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except BaseException:

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A thin editing layer over an ONNX graph, and INT4 packing. Used by the packing pass and by the lowerings."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from qdbev_ros.core.errors import PackageError
+
+# Shape-free arithmetic that the exporter leaves between a parameter and its use.
+_FOLDABLE = ("Mul", "Neg", "Reshape", "Unsqueeze", "Identity", "Cast", "Constant")
+
+
+def pack_int4(codes: NDArray[np.int8]) -> TensorProto:
+    """An INT4 tensor: two codes [-8, 7] a byte, the first in the low half, row-major; an odd last half is zero."""
+    flat = codes.reshape(-1)
+    if flat.size and (flat.min() < -8 or flat.max() > 7):
+        raise ValueError(f"codes {flat.min()}..{flat.max()} do not fit four bits")
+    nibbles = (flat.astype(np.uint8) & 0x0F).astype(np.uint8)
+    padded = np.concatenate([nibbles, np.zeros(flat.size % 2, np.uint8)])
+    packed = padded[0::2] | (padded[1::2] << 4)
+    return TensorProto(
+        data_type=TensorProto.INT4, dims=codes.shape, raw_data=packed.astype(np.uint8).tobytes()
+    )
+
+
+def unpack_int4(tensor: TensorProto) -> NDArray[np.int8]:
+    """The codes of a packed INT4 tensor as int8, in its shape. Raises PackageError where the bytes do not fit it."""
+    count = int(np.prod(tensor.dims))
+    packed = np.frombuffer(tensor.raw_data, np.uint8)
+    if packed.size != (count + 1) // 2:
+        raise PackageError(f"weight {tensor.name!r}: {packed.size} bytes for {count} codes of four bits")
+    nibbles = np.empty(packed.size * 2, np.uint8)
+    nibbles[0::2], nibbles[1::2] = packed & 0x0F, packed >> 4
+    # Shifting up and arithmetically down again carries the sign of the fourth bit through the byte.
+    codes = (nibbles << 4).view(np.int8) >> 4
+    return codes[:count].reshape(tuple(tensor.dims))
+
+
+class Graph:
+    """Nodes in order and initialisers by name. Edits keep the order; `finish` gives a model back."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
+        self.node_list: list[onnx.NodeProto] = list(model.graph.node)
+        self.initializers: dict[str, TensorProto] = {t.name: t for t in model.graph.initializer}
+        if any(t.data_location == TensorProto.EXTERNAL for t in self.initializers.values()):
+            raise PackageError("the ONNX graph refers to data outside its own file")
+
+    def nodes(self, op_type: str) -> list[onnx.NodeProto]:
+        return [n for n in self.node_list if n.op_type == op_type]
+
+    def users(self, name: str) -> list[onnx.NodeProto]:
+        """The nodes that read a tensor, in order."""
+        return [n for n in self.node_list if name in n.input]
+
+    def producer(self, name: str) -> onnx.NodeProto | None:
+        """The node that a tensor comes from; None for inputs and initialisers."""
+        return next((n for n in self.node_list if name in n.output), None)
+
+    def is_output(self, name: str) -> bool:
+        return any(o.name == name for o in self._model.graph.output)
+
+    def is_constant(self, name: str) -> bool:
+        """The tensor depends on initialisers alone, through simple arithmetic."""
+        if name in self.initializers:
+            return True
+        node = self.producer(name)
+        return node is not None and node.op_type in _FOLDABLE and all(self.is_constant(i) for i in node.input)
+
+    def constant(self, name: str) -> NDArray[np.generic]:
+        """The value of a tensor that depends on initialisers alone."""
+        if name in self.initializers:
+            return numpy_helper.to_array(self.initializers[name])
+        node = self.producer(name)
+        if node is None or node.op_type not in _FOLDABLE:
+            raise PackageError(f"tensor {name!r} is no constant")
+        values = {i: self.constant(i) for i in node.input}
+        return np.asarray(ReferenceEvaluator(node).run(None, values)[0])
+
+    def add_initializer(self, tensor: TensorProto) -> str:
+        """Adds a tensor under a name made from its content, once; returns the name."""
+        content = hashlib.sha256(
+            repr((tensor.data_type, list(tensor.dims))).encode() + tensor.raw_data
+        ).hexdigest()
+        named = TensorProto()
+        named.CopyFrom(tensor)
+        named.name = f"c_{content[:24]}"
+        self.initializers[named.name] = named
+        return named.name
+
+    def add_constant(self, value: NDArray[np.generic] | np.generic) -> str:
+        return self.add_initializer(numpy_helper.from_array(np.asarray(value)))
+
+    def replace(self, node: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> None:
+        """Puts nodes in the place of one."""
+        index = self._index(node)
+        self.node_list[index : index + 1] = nodes
+
+    def remove(self, node: onnx.NodeProto) -> None:
+        del self.node_list[self._index(node)]
+
+    def _index(self, node: onnx.NodeProto) -> int:
+        return next(i for i, n in enumerate(self.node_list) if n is node)
+
+    def redirect(self, old: str, new: str) -> None:
+        """Lets everything that read `old` read `new`; graph outputs keep their names and cannot be redirected."""
+        for node in self.node_list:
+            for i, name in enumerate(node.input):
+                if name == old:
+                    node.input[i] = new
+
+    def merge_duplicates(self) -> None:
+        """Merges nodes that compute the same from the same, e.g. one tensor quantised twice on one grid."""
+        seen: dict[tuple[object, ...], onnx.NodeProto] = {}
+        for node in list(self.node_list):
+            attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
+            key = (node.domain, node.op_type, tuple(node.input), attributes, len(node.output))
+            if key not in seen:
+                seen[key] = node
+            elif not any(self.is_output(o) for o in node.output):
+                for old, new in zip(node.output, seen[key].output, strict=True):
+                    self.redirect(old, new)
+                self.remove(node)
+
+    def drop_unused(self) -> None:
+        """Drops nodes and initialisers that no output depends on."""
+        needed = {o.name for o in self._model.graph.output}
+        kept = []
+        for node in reversed(self.node_list):
+            if any(o in needed for o in node.output):
+                needed.update(node.input)
+                kept.append(node)
+        self.node_list = kept[::-1]
+        self.initializers = {name: t for name, t in self.initializers.items() if name in needed}
+
+    def finish(self, producer: str, opset: int) -> onnx.ModelProto:
+        """The edited model: initialisers sorted by name, intermediate shapes dropped, one opset for everything."""
+        graph = self._model.graph
+        for node in self.node_list:
+            node.name = node.name or node.output[0]
+            node.doc_string = ""
+        edited = helper.make_graph(
+            self.node_list,
+            "qdbev",
+            list(graph.input),
+            list(graph.output),
+            [self.initializers[name] for name in sorted(self.initializers)],
+        )
+        model = helper.make_model(
+            edited, producer_name=producer, opset_imports=[helper.make_opsetid("", opset)]
+        )
+        model.ir_version = 10  # the first with INT4
+        return model

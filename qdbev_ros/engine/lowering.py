@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the packed master to the form that a runtime has fast kernels for.
+
+U8 with integer Clip (`lower_u8`), for ONNX Runtime on CPUs: weights unpacked to int8; activations uint8 with
+zero-point 128 (signed codes, Clip [96, 159]) or 0 (codes from zero up, Clip [0, 63]); the Clip stands between
+QuantizeLinear and DequantizeLinear, on the integers, where it does not keep the runtime from fusing the convolution.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from qdbev_ros.core.errors import PackageError
+from qdbev_ros.engine.graph import Graph, unpack_int4
+
+OPSET = 21
+ZERO_POINT = 128
+
+
+def lower_u8(master: bytes) -> onnx.ModelProto:
+    """The U8 form of a packed master. Deterministic; raises PackageError where the master is not one."""
+    try:
+        graph = Graph(onnx.load_from_string(master))
+    except PackageError:
+        raise
+    except Exception as error:  # protobuf raises its own type, which differs between its implementations
+        raise PackageError(f"the model is no ONNX file: {' '.join(str(error).split())}") from error
+    for name, tensor in list(graph.initializers.items()):
+        if tensor.data_type == TensorProto.INT4:
+            graph.initializers[name] = onnx.numpy_helper.from_array(unpack_int4(tensor), name)
+    for node in graph.nodes("QuantizeLinear"):
+        _fold_rectifier(graph, node)
+        _to_unsigned(graph, node)
+    for node in graph.nodes("Resize"):
+        _resize_codes(graph, node)
+    for node in graph.nodes("DequantizeLinear"):
+        _dequantise_plain_bias(graph, node)
+    graph.drop_unused()
+    return graph.finish("qdbev-u8", OPSET)
+
+
+def _fold_rectifier(graph: Graph, quantise: onnx.NodeProto) -> None:
+    """Drops a ReLU or ReLU6 in front of codes that start at zero and end at or below six: the codes cut off the same."""
+    rectifier = graph.producer(quantise.input[0])
+    if (
+        rectifier is None
+        or rectifier.op_type not in ("Relu", "Clip")
+        or len(graph.users(rectifier.output[0])) != 1
+    ):
+        return
+    low, high = _code_bounds(graph, quantise)
+    top = float(graph.constant(quantise.input[1])) * high
+    if low < 0:
+        return
+    if rectifier.op_type == "Clip":
+        floor, ceiling = (float(graph.constant(name)) for name in rectifier.input[1:3])
+        # Values above the ceiling have to land on the highest code without it as well.
+        if floor != 0.0 or ceiling < top * (1 - 1e-6):
+            return
+    quantise.input[0] = rectifier.input[0]
+    graph.remove(rectifier)
+
+
+def _code_bounds(graph: Graph, quantise: onnx.NodeProto) -> tuple[int, int]:
+    """Lowest and highest code behind a QuantizeLinear, its Clip included."""
+    clip = _clip_behind(graph, quantise)
+    if clip is not None:
+        return int(graph.constant(clip.input[1])), int(graph.constant(clip.input[2]))
+    info = np.iinfo(graph.constant(quantise.input[2]).dtype)
+    return int(info.min), int(info.max)
+
+
+def _clip_behind(graph: Graph, quantise: onnx.NodeProto) -> onnx.NodeProto | None:
+    users = graph.users(quantise.output[0])
+    return users[0] if len(users) == 1 and users[0].op_type == "Clip" else None
+
+
+def _to_unsigned(graph: Graph, quantise: onnx.NodeProto) -> None:
+    """Moves one quantiser's codes to uint8: by 128 where they are signed, by nothing where they start at zero."""
+    low, high = _code_bounds(graph, quantise)
+    shift = ZERO_POINT if low < 0 else 0
+    zero = graph.add_constant(np.uint8(shift))
+    codes, clip = quantise.output[0], _clip_behind(graph, quantise)
+    quantise.input[2] = zero
+    if clip is not None:
+        for i, bound in ((1, low), (2, high)):
+            clip.input[i] = graph.add_constant(np.uint8(bound + shift))
+        codes = clip.output[0]
+    for user in graph.users(codes):
+        if user.op_type != "DequantizeLinear":
+            raise PackageError(f"the codes {codes!r} are read by {user.op_type}, expected DequantizeLinear")
+        user.input[2] = zero
+
+
+def _resize_codes(graph: Graph, resize: onnx.NodeProto) -> None:
+    """Lets a nearest-neighbour Resize work on the codes: DequantizeLinear moves behind it, so that sums stay integer."""
+    mode = next((a.s for a in resize.attribute if a.name == "mode"), b"nearest")
+    source = graph.producer(resize.input[0])
+    if mode != b"nearest" or source is None or source.op_type != "DequantizeLinear":
+        return
+    value, codes = resize.output[0], resize.output[0] + "_codes"
+    resize.input[0] = source.input[0]
+    resize.output[0] = codes
+    behind = helper.make_node("DequantizeLinear", [codes, *source.input[1:]], [value], name=value)
+    graph.replace(resize, [resize, behind])
+
+
+def _dequantise_plain_bias(graph: Graph, node: onnx.NodeProto) -> None:
+    """Turns the int32 bias of anything but a convolution into the float numbers that it stands for."""
+    tensor = graph.initializers.get(node.input[0])
+    if tensor is None or tensor.data_type != TensorProto.INT32:
+        return
+    if any(user.op_type == "Conv" for user in graph.users(node.output[0])):
+        return
+    codes, scale = graph.constant(node.input[0]), graph.constant(node.input[1])
+    values: NDArray[np.float32] = (codes.astype(np.float32) * scale).astype(np.float32)
+    graph.redirect(node.output[0], graph.add_constant(values))
+    graph.remove(node)
+
+
+def fuse_linears(model: onnx.ModelProto) -> onnx.ModelProto:
+    """ONNX Runtime's own integer matrix product in place of DequantizeLinear -> MatMul (-> Add).
+
+    Left to itself, ONNX Runtime makes float products of these. Values are the same: integers are summed exactly.
+    """
+    graph = Graph(model)
+    for matmul in graph.nodes("MatMul"):
+        sources = [graph.producer(name) for name in matmul.input]
+        if any(s is None or s.op_type != "DequantizeLinear" for s in sources):
+            continue
+        (codes, step, zero), (weight, scale) = (list(s.input) for s in sources if s is not None)
+        users = graph.users(matmul.output[0])
+        target, bias = matmul, []
+        if len(users) == 1 and users[0].op_type == "Add":
+            constants = [i for i in users[0].input if i in graph.initializers]
+            if constants and graph.initializers[constants[0]].dims == graph.initializers[scale].dims:
+                target, bias = users[0], constants
+                graph.remove(matmul)
+        inputs = [codes, weight, step, scale, zero, "", *bias]
+        fused = helper.make_node(
+            "MatMulIntegerToFloat", inputs, target.output, name=matmul.name, domain="com.microsoft"
+        )
+        graph.replace(target, [fused])
+    graph.drop_unused()
+    fused_model = graph.finish("qdbev-u8-onnxruntime", OPSET)
+    fused_model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return fused_model
+
+
+def quantised_convolutions(model: onnx.ModelProto) -> list[str]:
+    """Names of the convolutions whose weights are integers: an engine has to run every one of them in int8."""
+    integers = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    return [n.name for n in model.graph.node if n.op_type == "Conv" and n.input[1] in integers]

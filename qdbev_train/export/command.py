@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qdbev export` packs a checkpoint for the vehicle; `qdbev inspect` shows what a package holds (without torch)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdbev_ros.core.errors import DataError
+
+if TYPE_CHECKING:
+    from qdbev_ros.engine.package import Package
+
+EXPORT_EXAMPLE = """example:
+  qdbev eval out/compress/nano_town/model.safetensors data/town --version v1.0-trainval --split val --json score.json
+  qdbev export out/compress/nano_town/model.safetensors nano.qdbev --scores score.json"""
+INSPECT_EXAMPLE = "example: qdbev inspect nano.qdbev --json nano.json"
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `export` and `inspect`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    export = commands.add_parser(
+        "export",
+        help="pack a checkpoint as a .qdbev package",
+        description="Writes a checkpoint as one file that the node runs: INT4 weights, manifest, hashes.",
+        epilog=EXPORT_EXAMPLE,
+        formatter_class=raw,
+    )
+    export.add_argument("checkpoint", type=Path, help="model.safetensors, quantised (or float, for comparison)")
+    export.add_argument("out", type=Path, help="the package to write, e.g. nano.qdbev")
+    export.add_argument("--scores", type=Path, metavar="FILE", help="numbers of `qdbev eval --json` to put inside")
+    export.set_defaults(run=run_export)
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a .qdbev package holds",
+        description="Verifies a package and prints its layers, bits, sizes, exceptions, provenance and scores.",
+        epilog=INSPECT_EXAMPLE,
+        formatter_class=raw,
+    )
+    inspect.add_argument("package", type=Path, help="the .qdbev file")
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
+    inspect.set_defaults(run=run_inspect)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    scores = {} if args.scores is None else _read_scores(args.scores)
+    from qdbev_train.checkpoint import load_model
+    from qdbev_train.export.package import export_package
+    from qdbev_train.quantization import QuantConfig
+
+    model, variant, metadata = load_model(args.checkpoint)
+    grid = metadata.get("quantisation")
+    config = None if grid is None else QuantConfig.from_dict(grid)
+    digest = export_package(model, variant, config, args.out, metadata.get("provenance", {}), scores)
+    form = "float" if config is None else f"W{config.weight_bits}A{config.activation_bits}"
+    print(f"wrote {args.out}: {variant.name}, {form}, {args.out.stat().st_size / 1e6:.2f} MB, sha256 {digest[:16]}")
+    return 0
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    try:
+        scores = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(scores, dict):
+        raise DataError(f"{path}: scores must be a mapping, as `qdbev eval --json` writes it")
+    return scores
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from qdbev_ros.engine.package import read_package
+
+    package = read_package(args.package)
+    summary = summarise(package)
+    print(_text(package, summary))
+    if args.json:
+        temporary = args.json.with_name(args.json.name + ".part")
+        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+        temporary.replace(args.json)
+    return 0
+
+
+def summarise(package: Package) -> dict[str, Any]:
+    """What `inspect` tells, as plain data. `bytes_float32` is the size of all parameters as float32."""
+    grid = package.quantisation
+    size = package.path.stat().st_size
+    layers = [layer | {"bytes": math.ceil(math.prod(layer["shape"]) * layer["weight_bits"] / 8)} for layer in grid["layers"]]
+    return {
+        "file": str(package.path),
+        "sha256": package.sha256,
+        "bytes": size,
+        "bytes_float32": 4 * grid["parameters"],
+        "variant": package.variant.to_dict(),
+        "quantisation": grid | {"layers": layers},
+        "training": package.training,
+        "scores": package.scores,
+    }
+
+
+def _text(package: Package, summary: dict[str, Any]) -> str:
+    variant, grid = package.variant, summary["quantisation"]
+    ratio = summary["bytes_float32"] / summary["bytes"]
+    image, bev = variant.image, variant.bev
+    lines = [
+        f"{summary['file']}: {variant.name}, {summary['bytes'] / 1e6:.2f} MB, {ratio:.1f} times smaller than float32",
+        f"sha256 {summary['sha256']}",
+        f"pictures {image.width}x{image.height} {image.color}, BEV {bev.width}x{bev.height} over "
+        f"{bev.pc_range[0]:g}..{bev.pc_range[3]:g} m, {variant.transformer.queries} queries, "
+        f"{variant.transformer.encoder_layers}+{variant.transformer.decoder_layers} layers",
+        "",
+        f"{'layer':<78} {'shape':>18} {'W':>2} {'A':>2} {'codes':>9} {'step':>9} {'bytes':>7}",
+    ]
+    for layer in grid["layers"]:
+        low, high = layer["activation_codes"]
+        shape = "x".join(str(n) for n in layer["shape"])
+        lines.append(
+            f"{layer['name']:<78} {shape:>18} {layer['weight_bits']:>2} {layer['activation_bits']:>2} "
+            f"{f'{low}..{high}':>9} {layer['activation_scale']:>9.4g} {layer['bytes']:>7}"
+        )
+    left = sum(math.prod(p["shape"]) for p in grid["float_parameters"])
+    lines += ["", f"float: {left} of {grid['parameters']} parameters", "exceptions to the rule:"]
+    for reason in dict.fromkeys(e["reason"] for e in grid["exceptions"]):
+        names = [e for e in grid["exceptions"] if e["reason"] == reason]
+        bits = f"W{names[0]['weight_bits']}A{names[0]['activation_bits']}"
+        lines.append(f"  {bits}: {reason}: {', '.join(e['name'] for e in names)}")
+    for title in ("training", "scores"):
+        lines += ["", f"{title}: {json.dumps(summary[title], sort_keys=True)}" if summary[title] else f"{title}: none"]
+    return "\n".join(lines)
