@@ -17,7 +17,8 @@ sourced_ros() { # prints the distribution of a ROS 2 that the user has sourced, 
 }
 
 find_python() { # the first interpreter that fits: the sourced ROS's own, or 3.10 to 3.12 for the wheels
-  local candidate probe wanted
+  local candidate probe wanted before
+  before=$(readlink -f "$VENV/bin/python" || true) # what .venv was made with stays, unless PYTHON says otherwise
   if [ "$ROS" = rig ]; then
     probe='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
     wanted="Python 3.10, 3.11 or 3.12"
@@ -25,7 +26,7 @@ find_python() { # the first interpreter that fits: the sourced ROS's own, or 3.1
     probe='import sys, rclpy; sys.exit(sys.version_info < (3, 10))'
     wanted="the Python of ROS 2 $ROS (the one that can import rclpy)"
   fi
-  for candidate in ${PYTHON:+"$PYTHON"} python3 /usr/bin/python3 python3.12 python3.11 python3.10; do
+  for candidate in "${PYTHON:-$before}" python3 /usr/bin/python3 python3.12 python3.11 python3.10; do
     if "$candidate" -c "$probe" >/dev/null 2>&1; then
       PYTHON_FOUND=$(command -v "$candidate")
       return

@@ -47,10 +47,10 @@ make_venv() { # keeps a .venv that still fits, else makes it anew
       why="it was made for ROS 2 '$made_for', this is '$ROS'"
     elif ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
       why="it is damaged"
-    elif ! head -n 2 "$VENV/bin/pip" | grep -qF "$VENV/bin/"; then
-      why="the folder was moved"
-    elif [ "$(python_version "$VENV/bin/python")" != "$(python_version "$PYTHON_FOUND")" ] && [ -n "${PYTHON:-}" ]; then
-      why="PYTHON is another version"
+    elif ! head -n 2 "$VENV/bin/pip" 2>/dev/null | grep -qF "$VENV/bin/"; then
+      why="the folder was moved, or an earlier set-up was cut off"
+    elif [ "$(python_version "$VENV/bin/python")" != "$(python_version "$PYTHON_FOUND")" ]; then
+      why="it was made with another version of Python"
     fi
     if [ -n "$why" ]; then
       say "making .venv anew: $why"

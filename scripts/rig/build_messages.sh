@@ -20,6 +20,8 @@ if [ "$ros" = rig ]; then
   { grep -rlE '/opt/python/cp3' "$venv/share" --include='*.cmake' || true; } | xargs -r -d '\n' sed -i -E \
     -e "s#/opt/python/cp[0-9]+-cp[0-9]+/include/python[0-9.]+#$include#g" \
     -e "s#/opt/python/cp[0-9]+-cp[0-9]+/lib/python[0-9.]+/site-packages/numpy/(_core|core)/include#$numpy#g"
+else
+  export CMAKE_PREFIX_PATH="$AMENT_PREFIX_PATH:${CMAKE_PREFIX_PATH:-}" # colcon does the same
 fi
 export PATH="$venv/bin:$PATH"
 generator="Unix Makefiles"
