@@ -72,6 +72,7 @@ def test_the_file_stands_alone(bag: Path, frames: Any) -> None:
     assert types["/annotations"] == "visualization_msgs/msg/MarkerArray"
     assert len(types) == 16
     assert durable == ["/tf_static"]
+    assert b"qdbev_samples" in bag.read_bytes()  # the metadata record that keeps the sample tokens
 
 
 def test_pictures_are_the_files_bytes_with_the_cameras_own_stamps(messages: Messages, frames: Any) -> None:
