@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bodies of a scene's objects at one moment: which a camera may see, where their corners are, how light they are."""
+"""A scene's objects at one moment: which a camera may see, where their corners are, how light they are."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -29,10 +30,13 @@ class Light:
 
     @staticmethod
     def of(weather: Weather) -> Light:
-        elevation = weather.sun_elevation if weather.sun > 0.3 else np.radians(80)  # no long shadows under clouds
+        elevation = (
+            weather.sun_elevation if weather.sun > 0.3 else np.radians(80)
+        )  # no long shadows under clouds
         x, y = np.cos(weather.sun_azimuth), np.sin(weather.sun_azimuth)
-        directions = np.array([[x * np.cos(elevation), y * np.cos(elevation), np.sin(elevation)], [-y, x, 0.4],
-                               [-x, -y, 0.6]])
+        directions = np.array(
+            [[x * np.cos(elevation), y * np.cos(elevation), np.sin(elevation)], [-y, x, 0.4], [-x, -y, 0.6]]
+        )
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
         strengths = np.array([0.25 + 0.55 * weather.sun, 0.18, 0.15])
         return Light(directions, strengths, 0.62 - 0.2 * weather.sun, int(77 * (1 - 0.55 * weather.sun)))
@@ -69,7 +73,7 @@ def _body(obj: TownObject, phase: int) -> _Body:
     size = np.asarray(obj.look.size)
     normals = mesh.normals[::3] / size
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-    points = (mesh.points + (0, 0, 0.5)) * size
+    points = (mesh.points + np.array([0, 0, 0.5])) * size
     return _Body(points, normals, mesh.painted(obj.look.paints)[::3].astype(np.float64))
 
 
@@ -80,8 +84,10 @@ class Bodies:
         self._objects = plan.objects
         self._light = light
         self._sizes = np.array([o.look.size for o in plan.objects]).reshape(-1, 3)
-        self._bodies = [[_body(o, phase) for phase in (range(STRIDE_PHASES) if o.look.shape == "walker" else (-1,))]
-                        for o in plan.objects]
+        self._bodies = [
+            [_body(o, phase) for phase in (range(STRIDE_PHASES) if o.look.shape == "walker" else (-1,))]
+            for o in plan.objects
+        ]
         ticks = len(plan.town.ego.yaw)
         self._tracks = np.array([np.c_[o.track.xy, o.track.yaw] for o in plan.objects]).reshape(-1, ticks, 3)
 
@@ -108,7 +114,11 @@ class Bodies:
 
     def assemble(self, numbers: list[int], t: float) -> tuple[Array, NDArray[np.uint8], NDArray[np.uint8]]:
         """Corners (P, 3) in the town frame, their colours (P, 3) and identities (P, 3: low byte, high byte, 0)."""
-        points, colours, identities = [np.zeros((0, 3))], [np.zeros((0, 3), np.uint8)], [np.zeros((0, 3), np.uint8)]
+        points, colours, identities = (
+            [np.zeros((0, 3))],
+            [np.zeros((0, 3), np.uint8)],
+            [np.zeros((0, 3), np.uint8)],
+        )
         poses = self.poses(t)
         for number in numbers:
             form = self.shape_at(number, t)
@@ -116,5 +126,9 @@ class Bodies:
             c, s = np.cos(yaw), np.sin(yaw)
             points.append(form.points @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1.0]]) + (x, y, 0))
             colours.append(np.repeat(self._light.shaded(form.colours, form.normals, yaw), 3, 0))
-            identities.append(np.tile(np.array([(number + 1) % 256, (number + 1) // 256, 0], np.uint8), (len(form.points), 1)))
+            identities.append(
+                np.tile(
+                    np.array([(number + 1) % 256, (number + 1) // 256, 0], np.uint8), (len(form.points), 1)
+                )
+            )
         return np.concatenate(points), np.concatenate(colours), np.concatenate(identities)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`qdbev synth`: writes the synthetic town as a nuScenes data set."""
+
 from __future__ import annotations
 
 import argparse
@@ -14,24 +15,37 @@ from qdbev_ros.core.errors import ConfigError, QdbevError
 if TYPE_CHECKING:
     from qdbev_train.synthetic.writer import Job
 
-SPLITS = {"train": "v1.0-trainval", "val": "v1.0-trainval", "mini_train": "v1.0-mini", "mini_val": "v1.0-mini"}
+SPLITS = {
+    "train": "v1.0-trainval",
+    "val": "v1.0-trainval",
+    "mini_train": "v1.0-mini",
+    "mini_val": "v1.0-mini",
+}
 EXAMPLE = "example: qdbev synth data/town --split train --scenes 300 --seed 1"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `synth` to the command line."""
-    parser = subparsers.add_parser("synth", help="write the synthetic data set in nuScenes format", epilog=EXAMPLE)
+    parser = subparsers.add_parser(
+        "synth", help="write the synthetic data set in nuScenes format", epilog=EXAMPLE
+    )
     add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="data set folder; scenes that are there already are kept")
-    parser.add_argument("--split", choices=SPLITS, required=True, help="which official split the scenes take their names from")
+    parser.add_argument(
+        "--split", choices=SPLITS, required=True, help="which official split the scenes take their names from"
+    )
     parser.add_argument("--scenes", type=int, required=True, help="how many scenes of the split to have")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same scenes (default 1)")
-    parser.add_argument("--frames", type=int, default=20, help="keyframes per scene, two per second (default 20)")
-    parser.add_argument("--size", default="400x225", metavar="WxH", help="size of the images (default 400x225)")
+    parser.add_argument(
+        "--frames", type=int, default=20, help="keyframes per scene, two per second (default 20)"
+    )
+    parser.add_argument(
+        "--size", default="400x225", metavar="WxH", help="size of the images (default 400x225)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes that draw (default 2)")
 
 
@@ -79,7 +93,9 @@ def parse_size(text: str) -> tuple[int, int]:
     """(width, height) of a text like 400x225."""
     numbers = text.lower().split("x")
     if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or min(map(int, numbers)) < 32:
-        raise ConfigError(f"--size {text}: write it as WIDTHxHEIGHT, such as 400x225, at least 32 pixels each")
+        raise ConfigError(
+            f"--size {text}: write it as WIDTHxHEIGHT, such as 400x225, at least 32 pixels each"
+        )
     return int(numbers[0]), int(numbers[1])
 
 
@@ -89,7 +105,9 @@ def make_all(jobs: list[Job], processes: int) -> None:
 
     from qdbev_train.synthetic.writer import make_scene
 
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's software renderer: parallel scenes beat threads within one
+    os.environ.setdefault(
+        "LP_NUM_THREADS", "0"
+    )  # Mesa's software renderer: parallel scenes beat threads within one
     with tqdm(total=len(jobs), unit="scene", disable=not jobs) as bar:
         if processes == 1 or len(jobs) <= 1:
             for job in jobs:

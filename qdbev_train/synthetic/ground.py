@@ -3,6 +3,7 @@
 
 Pictures of the ground have PIXELS_PER_METRE and row 0 at the north edge (largest y): exactly a nuScenes map mask.
 """
+
 from __future__ import annotations
 
 import cv2
@@ -48,14 +49,16 @@ def ground_kinds(town: Town) -> Picture:
     return kinds
 
 
-def _line(town: Town, mask: Picture, points: Array, width: float, dash: tuple[float, float] | None = None) -> None:
+def _line(
+    town: Town, mask: Picture, points: Array, width: float, dash: tuple[int, int] | None = None
+) -> None:
     """A painted line along points (N, 2) one metre apart; dash = (drawn, left out) metres."""
-    thickness = max(int(round(width * PIXELS_PER_METRE)), 1)
+    thickness = max(round(width * PIXELS_PER_METRE), 1)
     if dash is None:
         cv2.polylines(mask, [pixels(town, points)], False, 255, thickness, cv2.LINE_AA, _SHIFT)
         return
-    on, off = int(dash[0]), int(dash[1])
-    pieces = [pixels(town, points[i:i + on + 1]) for i in range(0, len(points) - on, on + off)]
+    on, off = dash
+    pieces = [pixels(town, points[i : i + on + 1]) for i in range(0, len(points) - on, on + off)]
     cv2.polylines(mask, pieces, False, 255, thickness, cv2.LINE_AA, _SHIFT)
 
 
@@ -79,8 +82,8 @@ def _markings(town: Town) -> Picture:
             if other is not road:  # no lines across a junction
                 _fill(own, _strip(town, other, -other.half, other.half), 0)
         paint = np.maximum(paint, own)
-    for s in town.crossings:
-        _zebra(town, paint, town.roads[0], town.roads[1].half + 2.2, s)
+    for crossing in town.crossings:
+        _zebra(town, paint, town.roads[0], town.roads[1].half + 2.2, crossing)
     return paint
 
 
@@ -89,8 +92,12 @@ def _zebra(town: Town, paint: Picture, road: Road, away: float, s: float) -> Non
     for sign in (-1, 1):
         for offset in np.arange(-road.half + 0.4, road.half - 0.4, 1.0):
             near, far = s + sign * away, s + sign * (away + 2.8)
-            corners = [road.way.at(near, offset), road.way.at(far, offset), road.way.at(far, offset + 0.5),
-                       road.way.at(near, offset + 0.5)]
+            corners = [
+                road.way.at(near, offset),
+                road.way.at(far, offset),
+                road.way.at(far, offset + 0.5),
+                road.way.at(near, offset + 0.5),
+            ]
             _fill(paint, pixels(town, np.stack(corners)), 255)
 
 
@@ -107,7 +114,9 @@ def paint_ground(town: Town, kinds: Picture, shadows: list[Array], rng: np.rando
     """
     n = len(kinds)
     asphalt, slab = float(rng.uniform(62, 112)), float(rng.uniform(125, 175))
-    grass = np.array([(88, 112, 58), (70, 100, 50), (118, 116, 72), (128, 118, 98)][rng.integers(4)], np.float32)
+    grass = np.array(
+        [(88, 112, 58), (70, 100, 50), (118, 116, 72), (128, 118, 98)][rng.integers(4)], np.float32
+    )
     palette = np.zeros((256, 3), np.uint8)
     palette[OPEN], palette[PAVED] = grass, (slab, slab * 0.98, slab * 0.94)
     palette[ROAD] = (asphalt, asphalt, asphalt * 1.03)
@@ -136,17 +145,19 @@ def map_mask(kinds: Picture) -> Picture:
 
 
 def paint_sky(town: Town, rng: np.random.Generator) -> NDArray[np.float32]:
-    """(64, 720, 3) RGB panorama: row 0 is 32 degrees above the horizon, row 63 the horizon; columns are azimuth 0..360."""
+    """(64, 720, 3) RGB panorama: rows from 32 degrees above the horizon down to it, columns azimuth 0..360."""
     weather = town.weather
     clear = weather.sun
     zenith = np.array([95, 140, 205]) * clear + np.array([165, 170, 178]) * (1 - clear)
     horizon = np.array([205, 218, 230]) * clear + np.array([200, 202, 205]) * (1 - clear)
     up = np.linspace(1, 0, 64)[:, None, None] ** 0.7
     sky = np.tile(zenith * up + horizon * (1 - up), (1, 720, 1)).astype(np.float32)
-    coarse = np.tile(rng.normal(0, 1, (6, 24)).astype(np.float32), (1, 3))  # the middle one meets itself at 0 = 360
+    coarse = np.tile(
+        rng.normal(0, 1, (6, 24)).astype(np.float32), (1, 3)
+    )  # the middle one meets itself at 0 = 360
     clouds = cv2.resize(coarse, (3 * 720, 64), interpolation=cv2.INTER_CUBIC)[:, 720:1440]
     clouds = np.clip(clouds + rng.uniform(-1.2, 0.5), 0, 1)[..., None] * rng.uniform(0.4, 0.9)
-    sky = sky * (1 - clouds) + np.float32([238, 238, 240]) * clouds
+    sky = sky * (1 - clouds) + np.array([238, 238, 240], np.float32) * clouds
     azimuth = np.radians(np.arange(720) / 2)
     glow = np.clip(np.cos(azimuth - weather.sun_azimuth), 0, 1) ** 6 * clear * 35
     return np.clip(sky + glow[None, :, None], 0, 255).astype(np.float32)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a scene takes place: roads, light and the ego car's drive."""
+
 from __future__ import annotations
 
 import zlib
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qdbev_train.synthetic.catalogue import SHAPES, Look
-from qdbev_train.synthetic.paths import Array, Track, Way, bend, clock, flow, follow
+from qdbev_train.synthetic.paths import Array, Track, Way, bend, flow, follow
 
 LANE = 3.5  # metres
 KEYFRAME = 0.5  # seconds
@@ -87,9 +88,14 @@ def scene_rng(name: str, seed: int, purpose: str) -> np.random.Generator:
 def draw_weather(rng: np.random.Generator) -> Weather:
     """Light from overcast to clear, dim to bright, cold to warm, hazy to crisp."""
     warm = rng.normal(0, 0.05)
-    return Weather(float(rng.uniform(0, 2 * np.pi)), float(np.radians(rng.uniform(22, 70))),
-                   float(rng.choice([0.2, 0.55, 0.9], p=[0.25, 0.3, 0.45])), float(rng.uniform(0.78, 1.15)),
-                   (1 + warm, 1.0, 1 - warm), float(np.exp(rng.uniform(np.log(180), np.log(900)))))
+    return Weather(
+        float(rng.uniform(0, 2 * np.pi)),
+        float(np.radians(rng.uniform(22, 70))),
+        float(rng.choice([0.2, 0.55, 0.9], p=[0.25, 0.3, 0.45])),
+        float(rng.uniform(0.78, 1.15)),
+        (1 + warm, 1.0, 1 - warm),
+        float(np.exp(rng.uniform(np.log(180), np.log(900)))),
+    )
 
 
 def _main_road(rng: np.random.Generator, travel: float) -> tuple[Way, bool, list[float], float]:
@@ -107,13 +113,20 @@ def _main_road(rng: np.random.Generator, travel: float) -> tuple[Way, bool, list
         pieces = [(before, 0.0), (radius * angle, sign * angle), (travel + 115, 0.0)]
     elif kind == "s":
         radius, angle = rng.uniform(35, 70), rng.uniform(0.35, 0.8)
-        pieces = [(before, 0.0), (radius * angle, sign * angle), (10, 0.0), (radius * angle, -sign * angle),
-                  (travel + 115, 0.0)]
+        pieces = [
+            (before, 0.0),
+            (radius * angle, sign * angle),
+            (10, 0.0),
+            (radius * angle, -sign * angle),
+            (travel + 115, 0.0),
+        ]
     else:
         radius = rng.uniform(17, 22)
         pieces = [(before, 0.0), (radius * np.pi / 2, sign * np.pi / 2), (travel + 115, 0.0)]
     if kind in ("straight", "curve", "s") and rng.random() < 0.75:
-        crossings.append(start + rng.uniform(-25, 5) if kind != "straight" else start + rng.uniform(-10, travel + 35))
+        crossings.append(
+            start + rng.uniform(-25, 5) if kind != "straight" else start + rng.uniform(-10, travel + 35)
+        )
     way = bend(np.zeros(2), float(heading), pieces)
     return way, kind == "corner", crossings, start
 
@@ -160,7 +173,9 @@ def lay_out(name: str, seed: int, frames: int) -> Town:
     ego = follow(lane, lane_start + EGO_MIDDLE, speed, 2.7)
     back = np.stack([np.cos(ego.yaw), np.sin(ego.yaw)], -1) * EGO_MIDDLE
     ego = Track(ego.xy - back, ego.yaw, speed)
-    return Town(roads, corner, lane, lane_start, speed, ego, duration, size, draw_weather(rng), crossings=crossings)
+    return Town(
+        roads, corner, lane, lane_start, speed, ego, duration, size, draw_weather(rng), crossings=crossings
+    )
 
 
 def ego_footprint(town: Town) -> Track:

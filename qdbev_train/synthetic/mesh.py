@@ -5,6 +5,7 @@ A mesh is a soup of flat-shaded triangles: every face has its own corners, norma
 a negative red component names a paint slot (PAINT, PAINT2, ...) that each object fills with its own colour.
 Object frame: x forward, y left, z up, metres.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -54,18 +55,28 @@ class MeshBuilder:
         """A solid between two polygons of equal corner count, (n, 3) each, counter-clockwise seen from above."""
         n = len(bottom)
         nxt = np.roll(np.arange(n), -1)
-        sides = np.concatenate([np.stack([bottom, bottom[nxt], top[nxt]], 1), np.stack([bottom, top[nxt], top], 1)])
+        sides = np.concatenate(
+            [np.stack([bottom, bottom[nxt], top[nxt]], 1), np.stack([bottom, top[nxt], top], 1)]
+        )
         self.add(sides, colour)
         fan = np.arange(1, n - 1)
         self.add(np.stack([np.repeat(top[:1], n - 2, 0), top[fan], top[fan + 1]], 1), top_colour or colour)
         self.add(np.stack([np.repeat(bottom[:1], n - 2, 0), bottom[fan + 1], bottom[fan]], 1), colour)
 
-    def box(self, x: tuple[float, float], y: tuple[float, float], z: tuple[float, float], colour: Colour) -> None:
+    def box(
+        self, x: tuple[float, float], y: tuple[float, float], z: tuple[float, float], colour: Colour
+    ) -> None:
         """An axis-aligned box given by its ranges."""
         self.hull(_rect(x, y, z[0]), _rect(x, y, z[1]), colour)
 
-    def taper(self, base: tuple[float, float, float, float], top: tuple[float, float, float, float],
-              z: tuple[float, float], colour: Colour, top_colour: Colour | None = None) -> None:
+    def taper(
+        self,
+        base: tuple[float, float, float, float],
+        top: tuple[float, float, float, float],
+        z: tuple[float, float],
+        colour: Colour,
+        top_colour: Colour | None = None,
+    ) -> None:
         """A box with sloped sides; base and top are (x0, x1, y0, y1)."""
         self.hull(_rect(base[:2], base[2:], z[0]), _rect(top[:2], top[2:], z[1]), colour, top_colour)
 
@@ -77,8 +88,15 @@ class MeshBuilder:
         left[:, 1] = y[1]
         self.hull(left, right, colour)
 
-    def disc(self, centre: tuple[float, float, float], radius: float, width: float, colour: Colour,
-             hub: Colour = (120, 120, 125), sides: int = 12) -> None:
+    def disc(
+        self,
+        centre: tuple[float, float, float],
+        radius: float,
+        width: float,
+        colour: Colour,
+        hub: Colour = (120, 120, 125),
+        sides: int = 12,
+    ) -> None:
         """A wheel: a cylinder along y with hub-coloured faces."""
         angle = np.linspace(0, 2 * np.pi, sides, endpoint=False)
         ring = np.stack([np.cos(angle) * radius, np.zeros(sides), np.sin(angle) * radius], 1) + centre
@@ -87,23 +105,33 @@ class MeshBuilder:
         inner = (ring - centre) * 0.55 + centre
         fan = np.arange(1, sides - 1)
         for sign in (-1, 1):
-            face = inner + sign * (half + [0, 0.004, 0])
+            face = inner + sign * (half + np.array([0, 0.004, 0]))
             corners = (fan, fan + 1) if sign < 0 else (fan + 1, fan)
-            self.add(np.stack([np.repeat(face[:1], sides - 2, 0), face[corners[0]], face[corners[1]]], 1), hub)
+            self.add(
+                np.stack([np.repeat(face[:1], sides - 2, 0), face[corners[0]], face[corners[1]]], 1), hub
+            )
 
-    def tube(self, start: tuple[float, float, float], end: tuple[float, float, float], radius: float, colour: Colour,
-             sides: int = 4, end_radius: float | None = None) -> None:
+    def tube(
+        self,
+        start: tuple[float, float, float],
+        end: tuple[float, float, float],
+        radius: float,
+        colour: Colour,
+        sides: int = 4,
+        end_radius: float | None = None,
+    ) -> None:
         """A limb, pipe, pole or cone between two points."""
         a, b = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
         axis = (b - a) / np.linalg.norm(b - a)
         u = np.cross(axis, (0, 1, 0) if abs(axis[1]) < 0.9 else (1, 0, 0))
-        u /= np.linalg.norm(u)
+        u = u / np.linalg.norm(u)
         angle = np.linspace(0, 2 * np.pi, sides, endpoint=False) + np.pi / sides
         ring = np.cos(angle)[:, None] * u + np.sin(angle)[:, None] * np.cross(axis, u)
         self.hull(a + ring * radius, b + ring * (radius if end_radius is None else end_radius), colour)
 
-    def blob(self, centre: tuple[float, float, float], radii: tuple[float, float, float],
-             colour: Colour | Array) -> None:
+    def blob(
+        self, centre: tuple[float, float, float], radii: tuple[float, float, float], colour: Colour | Array
+    ) -> None:
         """An ellipsoid of 8 x 4 facets (heads, tree crowns)."""
         self.add(_SPHERE * np.asarray(radii) + np.asarray(centre), colour)
 
@@ -126,8 +154,14 @@ def _unit_sphere(rings: int = 5, sides: int = 8) -> Array:
     """(n, 3, 3) triangles of a coarse unit sphere."""
     polar = np.linspace(0, np.pi, rings + 1)
     around = np.linspace(0, 2 * np.pi, sides, endpoint=False)
-    grid = np.stack([np.sin(polar)[:, None] * np.cos(around), np.sin(polar)[:, None] * np.sin(around),
-                     np.repeat(np.cos(polar)[:, None], sides, 1)], -1)
+    grid = np.stack(
+        [
+            np.sin(polar)[:, None] * np.cos(around),
+            np.sin(polar)[:, None] * np.sin(around),
+            np.repeat(np.cos(polar)[:, None], sides, 1),
+        ],
+        -1,
+    )
     faces = []
     for i in range(rings):
         for j in range(sides):

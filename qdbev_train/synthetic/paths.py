@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways through the town, and how things move along them."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ class Way:
     def at(self, s: Array | float, offset: float = 0.0) -> Array:
         """(..., 2) position at arc length s, offset metres to the left."""
         s = np.asarray(s, dtype=np.float64)
-        xy = np.stack([np.interp(s, self.lengths, self.points[:, 0]), np.interp(s, self.lengths, self.points[:, 1])], -1)
+        xy = np.stack(
+            [np.interp(s, self.lengths, self.points[:, 0]), np.interp(s, self.lengths, self.points[:, 1])], -1
+        )
         heading = self.heading(s)
         over = s - np.clip(s, 0.0, self.length)
         along = np.stack([np.cos(heading), np.sin(heading)], -1)
@@ -63,7 +66,7 @@ def bend(start: Array, heading: float, pieces: list[tuple[float, float]]) -> Way
     """A way from start made of (length, turn angle) pieces; angle 0 is straight, positive turns left."""
     headings = []
     for length, turn in pieces:
-        n = max(int(round(length / STEP)), 1)
+        n = max(round(length / STEP), 1)
         headings.append(heading + turn * (np.arange(n) + 0.5) / n)
         heading += turn
     heads = np.concatenate(headings)
@@ -98,7 +101,7 @@ class Track:
 
 def clock(duration: float) -> Array:
     """The times of a track's entries."""
-    return np.arange(int(round((duration + 2 * BEFORE) / TICK)) + 1) * TICK - BEFORE
+    return np.arange(round((duration + 2 * BEFORE) / TICK) + 1) * TICK - BEFORE
 
 
 def stay(xy: Array, yaw: float, duration: float) -> Track:
@@ -129,7 +132,7 @@ def follow(way: Way, start: float, speed: Array, wheelbase: float = 0.0) -> Trac
     With a wheelbase the heading is that of the line between the axles and the position is midway between them.
     """
     s = np.concatenate([[0.0], np.cumsum((speed[1:] + speed[:-1]) / 2 * TICK)])
-    s += start - s[int(round(BEFORE / TICK))]
+    s += start - s[round(BEFORE / TICK)]
     if wheelbase <= 0:
         return Track(way.at(s), way.heading(s), speed)
     front, rear = way.at(s + wheelbase / 2), way.at(s - wheelbase / 2)

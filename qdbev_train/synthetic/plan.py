@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of one scene: roads, the ego car's drive, and every object with where it is at any time. No rendering."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fills a town with traffic, parked vehicles, road works and people, none of them inside another."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -10,10 +11,24 @@ from qdbev_train.synthetic.paths import Array, Track, Way, clock, flow, follow, 
 from qdbev_train.synthetic.room import Room
 
 # who drives in the lanes; "rig" is a lorry with a trailer behind it
-TRAFFIC = {"car": 0.44, "truck": 0.11, "bus": 0.14, "rig": 0.08, "motorcycle": 0.09, "construction_vehicle": 0.03,
-           "bicycle": 0.11}
-PARKED = {"car": 0.50, "truck": 0.11, "trailer": 0.14, "bus": 0.06, "motorcycle": 0.07, "construction_vehicle": 0.06,
-          "bicycle": 0.06}
+TRAFFIC = {
+    "car": 0.44,
+    "truck": 0.11,
+    "bus": 0.14,
+    "rig": 0.08,
+    "motorcycle": 0.09,
+    "construction_vehicle": 0.03,
+    "bicycle": 0.11,
+}
+PARKED = {
+    "car": 0.50,
+    "truck": 0.11,
+    "trailer": 0.14,
+    "bus": 0.06,
+    "motorcycle": 0.07,
+    "construction_vehicle": 0.06,
+    "bicycle": 0.06,
+}
 AHEAD, BEHIND = 58.0, 55.0  # metres of road before and behind the ego car's drive that are filled
 
 
@@ -73,7 +88,12 @@ def _road_works(p: Population, road: Road, span: tuple[float, float]) -> None:
     for s in np.arange(begin, begin + length, rng.uniform(2.7, 3.6)):
         look = p.look("barrier", style)
         look = Look(look.shape, look.size, paint)
-        p.stand(look, road.way.at(s, side * inner), float(road.way.heading(s)) + side * np.pi / 2 + rng.normal(0, 0.04), 0.0)
+        p.stand(
+            look,
+            road.way.at(s, side * inner),
+            float(road.way.heading(s)) + side * np.pi / 2 + rng.normal(0, 0.04),
+            0.0,
+        )
     for k in range(rng.integers(3, 6)):  # a taper of cones leads to the barriers
         s = begin - 2.0 - 2.2 * k
         p.stand(p.look("traffic_cone"), road.way.at(s, side * (inner + 0.35 * k)), rng.uniform(-3, 3), 0.1)
@@ -87,7 +107,11 @@ def _road_works(p: Population, road: Road, span: tuple[float, float]) -> None:
         p.stand(look, road.way.at(s, side * (inner + 1.1 + look.size[1] / 2)), yaw)
     for _ in range(rng.integers(0, 3)):
         s = rng.uniform(begin, begin + length)
-        p.stand(p.look("pedestrian", "worker"), road.way.at(s, side * (inner + rng.uniform(0.6, 3.5))), rng.uniform(-3, 3))
+        p.stand(
+            p.look("pedestrian", "worker"),
+            road.way.at(s, side * (inner + rng.uniform(0.6, 3.5))),
+            rng.uniform(-3, 3),
+        )
 
 
 def _car_park(p: Population, road: Road, span: tuple[float, float]) -> None:
@@ -100,14 +124,26 @@ def _car_park(p: Population, road: Road, span: tuple[float, float]) -> None:
     if abs(float(road.way.heading(begin) - road.way.heading(begin + length))) > 0.05:
         return
     near, far = side * (road.outside + 0.3), side * (road.outside + 6.3)
-    p.town.pads.append(np.stack([road.way.at(begin - 1, near), road.way.at(begin + length + 1, near),
-                                 road.way.at(begin + length + 1, far), road.way.at(begin - 1, far)]))
+    p.town.pads.append(
+        np.stack(
+            [
+                road.way.at(begin - 1, near),
+                road.way.at(begin + length + 1, near),
+                road.way.at(begin + length + 1, far),
+                road.way.at(begin - 1, far),
+            ]
+        )
+    )
     for s in np.arange(begin + 1.3, begin + length - 1, 2.7):
         if rng.random() < 0.3:
             continue
         cls = rng.choice(["car", "motorcycle", "bicycle"], p=[0.8, 0.12, 0.08])
         look = p.look(cls) if cls == "car" else p.look(cls, f"{cls}_parked")
-        p.stand(look, road.way.at(s, side * (road.outside + 3.2)), heading + rng.choice([-1, 1]) * np.pi / 2 + rng.normal(0, 0.05))
+        p.stand(
+            look,
+            road.way.at(s, side * (road.outside + 3.2)),
+            heading + rng.choice([-1, 1]) * np.pi / 2 + rng.normal(0, 0.05),
+        )
 
 
 def _parked(p: Population, road: Road, span: tuple[float, float]) -> None:
@@ -124,7 +160,9 @@ def _parked(p: Population, road: Road, span: tuple[float, float]) -> None:
             heading = float(road.way.heading(s)) + (np.pi if side > 0 else 0.0)
             flip = np.pi if rng.random() < 0.12 else 0.0
             if cycle:
-                p.stand(look, road.way.at(s, side * (road.half + 0.7)), heading + flip + rng.normal(0, 0.5), 0.25)
+                p.stand(
+                    look, road.way.at(s, side * (road.half + 0.7)), heading + flip + rng.normal(0, 0.5), 0.25
+                )
             elif road.parking:
                 off = road.half - max(road.parking - 0.25, width) / 2
                 p.stand(look, road.way.at(s, side * off), heading + flip + rng.normal(0, 0.02), 0.25)
@@ -186,7 +224,9 @@ def _person(p: Population, road: Road, s: float) -> None:
     kind = rng.choice(["walk", "stand", "cross"], p=[0.62, 0.2, 0.18])
     pace = float(np.clip(rng.normal(1.35, 0.25), 0.7, 1.9))
     if kind == "stand":
-        p.stand(p.look("pedestrian", "stander"), road.way.at(s, offset), rng.uniform(-np.pi, np.pi), parked=False)
+        p.stand(
+            p.look("pedestrian", "stander"), road.way.at(s, offset), rng.uniform(-np.pi, np.pi), parked=False
+        )
         return
     speed = np.full(len(clock(town.duration)), pace)
     if kind == "walk":
@@ -200,5 +240,3 @@ def _person(p: Population, road: Road, s: float) -> None:
     line = Way.through(begin + np.linspace(0, 1, 30)[:, None] * (end - begin))
     early = rng.uniform(0, 1) * line.length
     p.place(p.look("pedestrian"), follow(line, early, speed), 0.3)
-
-

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a town with VTK: the picture of each camera, and which object each pixel shows."""
+
 from __future__ import annotations
 
 import cv2
@@ -18,7 +19,13 @@ from qdbev_train.synthetic.plan import ScenePlan
 from qdbev_train.synthetic.rig import Camera
 from qdbev_train.synthetic.scenery import Scenery, build_scenery
 from qdbev_train.synthetic.vtk_bits import (
-    actor_of, mapper_of, poly_data, read_colours, read_depth, set_matrix, texture_of,
+    actor_of,
+    mapper_of,
+    poly_data,
+    read_colours,
+    read_depth,
+    set_matrix,
+    texture_of,
 )
 
 NEAR, FAR = 0.3, 700.0
@@ -39,12 +46,14 @@ def camera_to_town(camera: Camera, ego: tuple[float, float, float]) -> Array:
 def projection(camera: Camera, width: int, height: int) -> Array:
     """(4, 4) OpenGL projection of a pinhole camera whose pixel centres are whole numbers."""
     k = camera.intrinsic
-    return np.array([
-        [2 * k[0, 0] / width, 0, 1 - 2 * (k[0, 2] + 0.5) / width, 0],
-        [0, 2 * k[1, 1] / height, 2 * (k[1, 2] + 0.5) / height - 1, 0],
-        [0, 0, -(FAR + NEAR) / (FAR - NEAR), -2 * FAR * NEAR / (FAR - NEAR)],
-        [0, 0, -1, 0],
-    ])
+    return np.array(
+        [
+            [2 * k[0, 0] / width, 0, 1 - 2 * (k[0, 2] + 0.5) / width, 0],
+            [0, 2 * k[1, 1] / height, 2 * (k[1, 2] + 0.5) / height - 1, 0],
+            [0, 0, -(FAR + NEAR) / (FAR - NEAR), -2 * FAR * NEAR / (FAR - NEAR)],
+            [0, 0, -1, 0],
+        ]
+    )
 
 
 class _Window:
@@ -93,13 +102,19 @@ class TownRenderer:
         self._plan = plan
         self._light = Light.of(plan.town.weather)
         kinds = ground_kinds(plan.town)
-        scenery = build_scenery(plan, kinds, scene_rng(plan.name, plan.seed, "scenery"), self._light.shadow_shift)
+        scenery = build_scenery(
+            plan, kinds, scene_rng(plan.name, plan.seed, "scenery"), self._light.shadow_shift
+        )
         rng = scene_rng(plan.name, plan.seed, "paint")
         ground = paint_ground(plan.town, kinds, scenery.shadows, rng)
         self._sky = paint_sky(plan.town, rng)
         self._haze = self._sky[-1].mean(0)
         weather = plan.town.weather
-        self._gains = np.float32(weather.tint) * weather.brightness * rng.uniform(0.93, 1.07, (6, 1)).astype(np.float32)
+        self._gains = (
+            np.array(weather.tint, np.float32)
+            * weather.brightness
+            * rng.uniform(0.93, 1.07, (6, 1)).astype(np.float32)
+        )
         noise = rng.normal(0, 2.0, (self.size[1] + 64, self.size[0] + 64)).astype(np.float32)
         self._noise = np.repeat(noise, 3, axis=1)  # one grain per pixel, not per channel
         self._shot = 0
@@ -134,8 +149,14 @@ class TownRenderer:
                 lit = self._light.shaded(np.full((len(quads), 3), 255.0), normals)
                 self._add_static(points, 4, np.repeat(lit, 4, 0), np.concatenate(walls.texture), facade)
 
-    def _add_static(self, points: Array, corners: int, colours: Picture, uv: Array | None = None,
-                    image: Picture | None = None) -> None:
+    def _add_static(
+        self,
+        points: Array,
+        corners: int,
+        colours: Picture,
+        uv: Array | None = None,
+        image: Picture | None = None,
+    ) -> None:
         poly = poly_data(points, corners, colours, uv)
         texture = None if image is None else texture_of(image, repeat=True)
         self._picture.renderer.AddActor(actor_of(mapper_of(poly), texture=texture))
@@ -154,7 +175,9 @@ class TownRenderer:
         points, colours, identities = self._bodies.assemble(seen, t)
         shadows = self._light.fallen(points)
         shade = np.full_like(colours, self._light.shadow_grey)
-        self._moving[0].SetInputData(poly_data(np.concatenate([points, shadows]), 3, np.concatenate([colours, shade])))
+        self._moving[0].SetInputData(
+            poly_data(np.concatenate([points, shadows]), 3, np.concatenate([colours, shade]))
+        )
         self._moving[1].SetInputData(poly_data(points, 3, identities))
         for window in (self._picture, self._identity):
             window.aim(camera, pose, self.size)
@@ -168,8 +191,9 @@ class TownRenderer:
         window = self._picture
         colours = read_colours(window.window, window.width, window.height)
         image = cv2.resize(colours, self.size, interpolation=cv2.INTER_AREA).astype(np.float32)
-        buffer = cv2.resize(read_depth(window.window, window.width, window.height), self.size,
-                            interpolation=cv2.INTER_NEAREST)
+        buffer = cv2.resize(
+            read_depth(window.window, window.width, window.height), self.size, interpolation=cv2.INTER_NEAREST
+        )
         depth = NEAR * FAR / np.maximum(FAR - buffer * (FAR - NEAR), 1e-6)
         clear = np.exp(depth * np.float32(-1.0 / self._plan.town.weather.haze_metres))
         height, width = clear.shape
@@ -186,7 +210,7 @@ class TownRenderer:
         line *= np.tile(self._gains[index], width)
         down, right = self._shot * 37 % 64, self._shot * 23 % 64
         self._shot += 1
-        line += self._noise[down:down + height, right * 3:(right + width) * 3]
+        line += self._noise[down : down + height, right * 3 : (right + width) * 3]
         return np.clip(line, 0, 255, out=line).astype(np.uint8).reshape(height, width, 3)
 
     def _sky_behind(self, camera: Camera, pose: Array, height: int) -> NDArray[np.float32]:

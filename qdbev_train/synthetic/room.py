@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the things of a town out of each other."""
+
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qdbev_train.synthetic.paths import BEFORE, TICK, Array, Track
 
@@ -16,7 +18,7 @@ def rectangles(xy: Array, yaw: Array, length: float, width: float) -> Array:
     return xy[:, None] + np.stack([along + left, -along + left, -along - left, along - left], 1)
 
 
-def overlap(first: Array, second: Array) -> Array:
+def overlap(first: Array, second: Array) -> NDArray[np.bool_]:
     """(T,) whether rectangles (T, 4, 2) and (T, 4, 2) intersect: no edge direction separates them."""
     apart = np.zeros(len(first), dtype=bool)
     for corners in (first, second):
@@ -36,7 +38,7 @@ class Room:
         self._radii: list[float] = []
 
     def take(self, track: Track, length: float, width: float, margin: float, force: bool = False) -> bool:
-        """Claims a footprint with a margin (metres) around it; False, and nothing claimed, where something is already."""
+        """Claims a footprint with a margin (metres) around it; False where something is already."""
         xy, yaw = track.xy[::STRIDE], track.yaw[::STRIDE]
         corners = rectangles(xy, yaw, length + 2 * margin, width + 2 * margin)
         radius = float(np.hypot(length, width) / 2 + margin)
@@ -55,5 +57,5 @@ class Room:
 
     def snapshot(self, t: float) -> Array:
         """(n, 4, 2) footprints at about t seconds."""
-        index = int(round((t + BEFORE) / TICK / STRIDE))
+        index = round((t + BEFORE) / TICK / STRIDE)
         return np.stack([c[index] for c in self._corners])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands still and is not annotated: houses, trees, hedges, street lamps, signs."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -41,7 +42,9 @@ def build_scenery(plan: ScenePlan, kinds: Picture, rng: np.random.Generator, sun
     free = _Free(town, kinds)
     for obj in plan.objects:
         if not obj.track.speed.any():
-            free.occupy(rectangles(obj.track.xy[:1], obj.track.yaw[:1], obj.look.size[0], obj.look.size[1])[0])
+            free.occupy(
+                rectangles(obj.track.xy[:1], obj.track.yaw[:1], obj.look.size[0], obj.look.size[1])[0]
+            )
     m = MeshBuilder()
     m.box((0, 0.01), (0, 0.01), (-1, -0.9), (0, 0, 0))  # never empty
     walls = [Walls() for _ in range(STYLES)]
@@ -61,7 +64,7 @@ class _Free:
     def __init__(self, town: Town, kinds: Picture) -> None:
         step = PIXELS_PER_METRE // 2
         self.size = town.size
-        self.kinds = kinds[step // 2::step, step // 2::step].copy()
+        self.kinds = kinds[step // 2 :: step, step // 2 :: step].copy()
         self.taken = (self.kinds != OPEN).astype(np.uint8)
 
     def occupy(self, corners: Array) -> None:
@@ -92,8 +95,17 @@ class _Free:
         return int(self.kinds[row, column])
 
 
-def _houses(town: Town, road: Road, side: int, free: _Free, m: MeshBuilder, walls: list[Walls], shadows: list[Array],
-            rng: np.random.Generator, sun_shift: Array) -> None:
+def _houses(
+    town: Town,
+    road: Road,
+    side: int,
+    free: _Free,
+    m: MeshBuilder,
+    walls: list[Walls],
+    shadows: list[Array],
+    rng: np.random.Generator,
+    sun_shift: Array,
+) -> None:
     s = rng.uniform(0, 20)
     setback = rng.uniform(0.5, 9)
     dense = rng.uniform(0.55, 0.95)
@@ -109,7 +121,11 @@ def _houses(town: Town, road: Road, side: int, free: _Free, m: MeshBuilder, wall
         corners = rectangles(centre[None], yaw, width, depth)[0]
         if free.claim(corners, 0.8):
             _house(corners, height, walls[rng.integers(STYLES)], m, rng)
-            shadows.append(cv2.convexHull(np.concatenate([corners, corners + sun_shift * height]).astype(np.float32))[:, 0])
+            shadows.append(
+                cv2.convexHull(np.concatenate([corners, corners + sun_shift * height]).astype(np.float32))[
+                    :, 0
+                ]
+            )
 
 
 def _house(corners: Array, height: float, walls: Walls, m: MeshBuilder, rng: np.random.Generator) -> None:
@@ -127,8 +143,15 @@ def _house(corners: Array, height: float, walls: Walls, m: MeshBuilder, rng: np.
     m.hull(base, np.c_[middle + (corners - middle) * shrink, np.full(4, height + rise)], roof)
 
 
-def _street_furniture(road: Road, side: int, free: _Free, m: MeshBuilder, shadows: list[Array],
-                      rng: np.random.Generator, sun_shift: Array) -> None:
+def _street_furniture(
+    road: Road,
+    side: int,
+    free: _Free,
+    m: MeshBuilder,
+    shadows: list[Array],
+    rng: np.random.Generator,
+    sun_shift: Array,
+) -> None:
     for s in np.arange(rng.uniform(0, 20), road.way.length, rng.uniform(20, 32)):
         xy = road.way.at(s, side * (road.half + 0.35))
         if free.kind(xy) not in (ROAD, OPEN):
@@ -147,7 +170,11 @@ def _street_furniture(road: Road, side: int, free: _Free, m: MeshBuilder, shadow
             if free.claim(rectangles(xy[None], yaw, length, 1.0)[0], 0.1):
                 corners = rectangles(xy[None], yaw, length, 0.8)[0]
                 green = rng.uniform(0.7, 1.2) * np.array([50, 85, 40])
-                m.hull(np.c_[corners, np.zeros(4)], np.c_[corners, np.full(4, rng.uniform(0.6, 1.6))], tuple(green))
+                m.hull(
+                    np.c_[corners, np.zeros(4)],
+                    np.c_[corners, np.full(4, rng.uniform(0.6, 1.6))],
+                    tuple(green),
+                )
 
 
 def _lamp(m: MeshBuilder, xy: Array, inward: float, rng: np.random.Generator) -> None:
@@ -157,7 +184,9 @@ def _lamp(m: MeshBuilder, xy: Array, inward: float, rng: np.random.Generator) ->
         m.tube((x, y, 0), (x, y, 2.6), 0.05, grey)
         across = np.array([-np.sin(inward), np.cos(inward)]) * 0.35
         colour = [(190, 30, 30), (30, 80, 170), (235, 235, 235), (230, 190, 40)][rng.integers(4)]
-        corners = rectangles(xy[None], np.array([inward + np.pi / 2]), 0.06, 2 * float(np.linalg.norm(across)))[0]
+        corners = rectangles(
+            xy[None], np.array([inward + np.pi / 2]), 0.06, 2 * float(np.linalg.norm(across))
+        )[0]
         m.hull(np.c_[corners, np.full(4, 2.0)], np.c_[corners, np.full(4, 2.7)], colour)
         return
     m.tube((x, y, 0), (x, y, 7.0), 0.09, grey, end_radius=0.06)
@@ -165,15 +194,23 @@ def _lamp(m: MeshBuilder, xy: Array, inward: float, rng: np.random.Generator) ->
     m.tube((x, y, 6.9), (end[0], end[1], 7.1), 0.05, grey)
 
 
-def _tree(m: MeshBuilder, xy: Array, rng: np.random.Generator, shadows: list[Array], sun_shift: Array) -> None:
+def _tree(
+    m: MeshBuilder, xy: Array, rng: np.random.Generator, shadows: list[Array], sun_shift: Array
+) -> None:
     x, y = xy
     trunk, crown = rng.uniform(1.6, 3.0), rng.uniform(1.2, 2.4)
     m.tube((x, y, 0), (x, y, trunk + 0.6), 0.17, (90, 68, 48), 5, end_radius=0.1)
-    green = np.array([(58, 98, 42), (80, 110, 45), (45, 82, 48), (128, 110, 48)][rng.integers(4)]) * rng.uniform(0.8, 1.2)
+    green = np.array(
+        [(58, 98, 42), (80, 110, 45), (45, 82, 48), (128, 110, 48)][rng.integers(4)]
+    ) * rng.uniform(0.8, 1.2)
     for _ in range(2):
         shift = rng.uniform(-0.5, 0.5, 3)
         colours = green * rng.uniform(0.8, 1.15, (64, 1))
-        m.blob((x + shift[0], y + shift[1], trunk + crown + shift[2]), (crown, crown, crown * rng.uniform(0.9, 1.4)), colours)
+        m.blob(
+            (x + shift[0], y + shift[1], trunk + crown + shift[2]),
+            (crown, crown, crown * rng.uniform(0.9, 1.4)),
+            colours,
+        )
     angle = np.linspace(0, 2 * np.pi, 10, endpoint=False)
     centre = xy + sun_shift * (trunk + crown)
     shadows.append(centre + np.stack([np.cos(angle), np.sin(angle)], -1) * crown)
@@ -188,17 +225,20 @@ def _shadow_line(xy: Array, height: float, radius: float, sun_shift: Array) -> A
 
 def _facade(rng: np.random.Generator) -> NDArray[np.uint8]:
     """(192, 192, 3) RGB: three floors of three windows."""
-    wall = np.array([(190, 170, 145), (165, 95, 75), (205, 205, 200), (150, 155, 165), (215, 195, 150), (120, 110, 105)]
-                    [rng.integers(6)]) * rng.uniform(0.85, 1.1)
+    wall = np.array(
+        [(190, 170, 145), (165, 95, 75), (205, 205, 200), (150, 155, 165), (215, 195, 150), (120, 110, 105)][
+            rng.integers(6)
+        ]
+    ) * rng.uniform(0.85, 1.1)
     image = np.clip(wall + rng.normal(0, 4, (192, 192, 1)), 0, 255)
     frame = np.clip(wall * rng.choice([0.7, 1.2]), 0, 255)
     left, top, w, h = rng.integers(8, 20), rng.integers(8, 18), rng.integers(24, 42), rng.integers(30, 42)
     for row in range(3):
         for column in range(3):
             x, y = column * 64 + left, row * 64 + top
-            image[y - 3:y + h + 3, x - 3:x + w + 3] = frame
+            image[y - 3 : y + h + 3, x - 3 : x + w + 3] = frame
             glass = np.array([60, 75, 95]) * rng.uniform(0.6, 1.4)
-            image[y:y + h, x:x + w] = glass
-            image[y:y + h, x + w // 2:x + w // 2 + 2] = frame
+            image[y : y + h, x : x + w] = glass
+            image[y : y + h, x + w // 2 : x + w // 2 + 2] = frame
     image[::64] = np.clip(wall * 0.8, 0, 255)
     return np.clip(image, 0, 255).astype(np.uint8)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes of two-wheelers, people, cones and barriers. x forward, standing on z = 0."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -13,8 +14,15 @@ ORANGE = (255, 95, 15)
 WHITE = (245, 245, 240)
 
 
-def _rider(m: MeshBuilder, hip: tuple[float, float], shoulder: tuple[float, float], hands: tuple[float, float],
-           feet: tuple[float, float], head: float, helmet: tuple[float, float, float] | None) -> None:
+def _rider(
+    m: MeshBuilder,
+    hip: tuple[float, float],
+    shoulder: tuple[float, float],
+    hands: tuple[float, float],
+    feet: tuple[float, float],
+    head: float,
+    helmet: tuple[float, float, float] | None,
+) -> None:
     """A sitting person; every pair is (x, z)."""
     m.tube((hip[0], 0, hip[1]), (shoulder[0], 0, shoulder[1]), 0.2, PAINT2, sides=6, end_radius=0.23)
     for side in (-1, 1):
@@ -36,7 +44,9 @@ def motorcycle(rider: bool) -> tuple[Mesh, tuple[float, float, float]]:
         m.disc((x, 0, 0.32), 0.32, 0.16, TYRE)
     m.box((-1.05, -0.98), (-0.05, 0.05), (0.6, 0.64), RED)  # full length
     m.tube((0.72, 0, 0.32), (0.42, 0, 1.0), 0.07, STEEL)
-    m.prism([(-0.5, 0.3), (0.45, 0.3), (0.62, 0.75), (0.3, 0.98), (-0.15, 0.8), (-0.5, 0.6)], (-0.16, 0.16), PAINT)
+    m.prism(
+        [(-0.5, 0.3), (0.45, 0.3), (0.62, 0.75), (0.3, 0.98), (-0.15, 0.8), (-0.5, 0.6)], (-0.16, 0.16), PAINT
+    )
     m.box((-0.75, 0.0), (-0.15, 0.15), (0.7, 0.84), DARK)
     m.box((-1.0, -0.7), (-0.2, 0.2), (0.75, 1.08), PAINT)
     m.box((-1.05, -0.99), (-0.18, 0.18), (0.78, 0.98), RED)
@@ -44,7 +54,9 @@ def motorcycle(rider: bool) -> tuple[Mesh, tuple[float, float, float]]:
     m.taper((0.45, 0.8, -0.2, 0.2), (0.4, 0.5, -0.16, 0.16), (0.75, 1.2), PAINT)
     m.box((0.72, 0.82), (-0.14, 0.14), (0.78, 0.98), LAMP)
     m.box((0.98, 1.05), (-0.05, 0.05), (0.42, 0.5), PAINT)
-    m.prism([(0.55, 0.62), (0.95, 0.62), (1.05, 0.4), (1.05, 0.5), (0.9, 0.7), (0.6, 0.7)], (-0.08, 0.08), PAINT)
+    m.prism(
+        [(0.55, 0.62), (0.95, 0.62), (1.05, 0.4), (1.05, 0.5), (0.9, 0.7), (0.6, 0.7)], (-0.08, 0.08), PAINT
+    )
     if rider:
         _rider(m, (-0.3, 0.85), (-0.08, 1.35), (0.36, 1.08), (-0.1, 0.35), height, WHITE)
     return m.build(), (length, width, height)
@@ -56,8 +68,14 @@ def bicycle(rider: bool) -> tuple[Mesh, tuple[float, float, float]]:
     m = MeshBuilder()
     for x in (-0.535, 0.535):
         m.disc((x, 0, 0.34), 0.34, 0.05, TYRE, hub=(170, 172, 178), sides=12)
-    frame = [((-0.535, 0.34), (-0.1, 0.3)), ((-0.1, 0.3), (-0.22, 0.88)), ((-0.22, 0.82), (0.38, 0.82)),
-             ((-0.1, 0.3), (0.38, 0.8)), ((-0.535, 0.34), (-0.22, 0.8)), ((0.535, 0.34), (0.36, 1.02))]
+    frame = [
+        ((-0.535, 0.34), (-0.1, 0.3)),
+        ((-0.1, 0.3), (-0.22, 0.88)),
+        ((-0.22, 0.82), (0.38, 0.82)),
+        ((-0.1, 0.3), (0.38, 0.8)),
+        ((-0.535, 0.34), (-0.22, 0.8)),
+        ((0.535, 0.34), (0.36, 1.02)),
+    ]
     for a, b in frame:
         m.tube((a[0], 0, a[1]), (b[0], 0, b[1]), 0.04, PAINT)
     m.box((-0.36, -0.1), (-0.08, 0.08), (0.88, 0.95), DARK)
@@ -104,7 +122,9 @@ def traffic_cone() -> tuple[Mesh, tuple[float, float, float]]:
     edges = np.linspace(0.05, 0.75, 6)
     for i, colour in enumerate((ORANGE, WHITE, ORANGE, WHITE, ORANGE)):
         z0, z1 = edges[i], edges[i + 1]
-        m.tube((0, 0, z0), (0, 0, z1), 0.16 - 0.18 * (z0 - 0.05), colour, 8, end_radius=0.16 - 0.18 * (z1 - 0.05))
+        m.tube(
+            (0, 0, z0), (0, 0, z1), 0.16 - 0.18 * (z0 - 0.05), colour, 8, end_radius=0.16 - 0.18 * (z1 - 0.05)
+        )
     return m.build(), (0.4, 0.4, 0.75)
 
 
@@ -114,7 +134,16 @@ def barrier(style: str) -> tuple[Mesh, tuple[float, float, float]]:
     m = MeshBuilder()
     if style == "concrete":
         grey = PAINT
-        profile = [(-0.25, 0.0), (0.25, 0.0), (0.22, 0.15), (0.1, 0.45), (0.08, 1.0), (-0.08, 1.0), (-0.1, 0.45), (-0.22, 0.15)]
+        profile = [
+            (-0.25, 0.0),
+            (0.25, 0.0),
+            (0.22, 0.15),
+            (0.1, 0.45),
+            (0.08, 1.0),
+            (-0.08, 1.0),
+            (-0.1, 0.45),
+            (-0.22, 0.15),
+        ]
         right = np.array([(x, -width / 2, z) for x, z in profile])
         left = np.array([(x, width / 2, z) for x, z in profile])
         m.hull(left, right, grey)

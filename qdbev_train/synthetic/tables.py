@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of the nuScenes tables: those of one scene, those that all scenes share, and how they become files."""
+
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,40 @@ import numpy as np
 from qdbev_train.synthetic.catalogue import CATEGORY
 from qdbev_train.synthetic.layout import KEYFRAME, Town, TownObject
 from qdbev_train.synthetic.plan import ScenePlan
-from qdbev_train.synthetic.rig import LIDAR_ROTATION, LIDAR_TRANSLATION, Camera, unit_quaternion, yaw_quaternion
+from qdbev_train.synthetic.rig import (
+    LIDAR_ROTATION,
+    LIDAR_TRANSLATION,
+    Camera,
+    unit_quaternion,
+    yaw_quaternion,
+)
 
 Row = dict[str, Any]
-SCENE_TABLES = ("log", "map", "scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "sample_annotation",
-                "instance")
+SCENE_TABLES = (
+    "log",
+    "map",
+    "scene",
+    "sample",
+    "sample_data",
+    "ego_pose",
+    "calibrated_sensor",
+    "sample_annotation",
+    "instance",
+)
 LIDAR = "LIDAR_TOP"
 EPOCH_US = 1_600_000_000_000_000
 ANNOTATED_WITHIN = 60.0  # metres from the ego car
 STOPPED = 0.2  # m/s; slower is standing
-ATTRIBUTES = ("vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
-              "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving")
+ATTRIBUTES = (
+    "vehicle.moving",
+    "vehicle.stopped",
+    "vehicle.parked",
+    "cycle.with_rider",
+    "cycle.without_rider",
+    "pedestrian.sitting_lying_down",
+    "pedestrian.standing",
+    "pedestrian.moving",
+)
 
 
 def token(*parts: object) -> str:
@@ -52,14 +77,29 @@ def shared_tables(channels: list[str]) -> dict[str, list[Row]]:
     """The tables that do not depend on the scenes."""
     levels = ("v0-40", "v40-60", "v60-80", "v80-100")
     return {
-        "sensor": [{"token": token("sensor", c), "channel": c, "modality": "lidar" if c == LIDAR else "camera"}
-                   for c in channels],
-        "category": [{"token": token("category", name), "name": name, "description": f"Synthetic {cls.replace('_', ' ')}."}
-                     for cls, name in CATEGORY.items()],
-        "attribute": [{"token": token("attribute", name), "name": name, "description": ""} for name in ATTRIBUTES],
-        "visibility": [{"token": str(i + 1), "level": level,
-                        "description": f"visibility of whole object is between {level[1:].replace('-', ' and ')}%"}
-                       for i, level in enumerate(levels)],
+        "sensor": [
+            {"token": token("sensor", c), "channel": c, "modality": "lidar" if c == LIDAR else "camera"}
+            for c in channels
+        ],
+        "category": [
+            {
+                "token": token("category", name),
+                "name": name,
+                "description": f"Synthetic {cls.replace('_', ' ')}.",
+            }
+            for cls, name in CATEGORY.items()
+        ],
+        "attribute": [
+            {"token": token("attribute", name), "name": name, "description": ""} for name in ATTRIBUTES
+        ],
+        "visibility": [
+            {
+                "token": str(i + 1),
+                "level": level,
+                "description": f"visibility of whole object is between {level[1:].replace('-', ' and ')}%",
+            }
+            for i, level in enumerate(levels)
+        ],
     }
 
 
@@ -70,15 +110,44 @@ def frame_tables(plan: ScenePlan, rig: list[Camera], size: tuple[int, int]) -> d
     scene, log = token("scene", name), token("log", name)
     samples = [token("sample", name, k) for k in range(plan.frames)]
     rows: dict[str, list[Row]] = {table: [] for table in SCENE_TABLES}
-    rows["log"].append({"token": log, "logfile": f"town-{name}", "vehicle": "town", "date_captured": "2020-09-13",
-                        "location": "synthetic-town"})
-    rows["map"].append({"token": token("map", name), "log_tokens": [log], "category": "semantic_prior",
-                        "filename": map_file(name)})
-    rows["scene"].append({"token": scene, "log_token": log, "nbr_samples": plan.frames, "first_sample_token": samples[0],
-                          "last_sample_token": samples[last], "name": name, "description": "Synthetic town"})
+    rows["log"].append(
+        {
+            "token": log,
+            "logfile": f"town-{name}",
+            "vehicle": "town",
+            "date_captured": "2020-09-13",
+            "location": "synthetic-town",
+        }
+    )
+    rows["map"].append(
+        {
+            "token": token("map", name),
+            "log_tokens": [log],
+            "category": "semantic_prior",
+            "filename": map_file(name),
+        }
+    )
+    rows["scene"].append(
+        {
+            "token": scene,
+            "log_token": log,
+            "nbr_samples": plan.frames,
+            "first_sample_token": samples[0],
+            "last_sample_token": samples[last],
+            "name": name,
+            "description": "Synthetic town",
+        }
+    )
     for k, sample in enumerate(samples):
-        rows["sample"].append({"token": sample, "timestamp": sample_stamp(name, k), "scene_token": scene,
-                               "prev": samples[k - 1] if k else "", "next": samples[k + 1] if k < last else ""})
+        rows["sample"].append(
+            {
+                "token": sample,
+                "timestamp": sample_stamp(name, k),
+                "scene_token": scene,
+                "prev": samples[k - 1] if k else "",
+                "next": samples[k + 1] if k < last else "",
+            }
+        )
     for channel, camera in [(LIDAR, None), *((c.channel, c) for c in rig)]:
         rows["calibrated_sensor"].append(_calibration(name, channel, camera))
         for k in range(plan.frames):
@@ -100,13 +169,23 @@ def image_file(scene: str, camera: Camera, frame: int) -> str:
 def _calibration(scene: str, channel: str, camera: Camera | None) -> Row:
     row: Row = {"token": token("calibrated_sensor", scene, channel), "sensor_token": token("sensor", channel)}
     if camera is None:
-        return {**row, "translation": list(LIDAR_TRANSLATION), "rotation": unit_quaternion(LIDAR_ROTATION).tolist(),
-                "camera_intrinsic": []}
-    return {**row, "translation": camera.translation.tolist(), "rotation": camera.quaternion.tolist(),
-            "camera_intrinsic": camera.intrinsic.tolist()}
+        return {
+            **row,
+            "translation": list(LIDAR_TRANSLATION),
+            "rotation": unit_quaternion(LIDAR_ROTATION).tolist(),
+            "camera_intrinsic": [],
+        }
+    return {
+        **row,
+        "translation": camera.translation.tolist(),
+        "rotation": camera.quaternion.tolist(),
+        "camera_intrinsic": camera.intrinsic.tolist(),
+    }
 
 
-def _sensor_data(plan: ScenePlan, channel: str, camera: Camera | None, k: int, size: tuple[int, int]) -> tuple[Row, Row]:
+def _sensor_data(
+    plan: ScenePlan, channel: str, camera: Camera | None, k: int, size: tuple[int, int]
+) -> tuple[Row, Row]:
     """The ego_pose and sample_data rows of one sensor in one frame."""
     name = plan.name
     stamp = sample_stamp(name, k) + (camera.offset_us if camera else 0)
@@ -115,10 +194,16 @@ def _sensor_data(plan: ScenePlan, channel: str, camera: Camera | None, k: int, s
     pose = {"token": this, "timestamp": stamp, "rotation": yaw_quaternion(yaw), "translation": [x, y, 0.0]}
     file = image_file(name, camera, k) if camera else f"samples/{LIDAR}/{name}__{LIDAR}__{stamp}.pcd.bin"
     data = {
-        "token": this, "sample_token": token("sample", name, k), "ego_pose_token": this,
-        "calibrated_sensor_token": token("calibrated_sensor", name, channel), "timestamp": stamp,
-        "fileformat": "jpg" if camera else "pcd", "is_key_frame": True, "height": size[1] if camera else 0,
-        "width": size[0] if camera else 0, "filename": file,
+        "token": this,
+        "sample_token": token("sample", name, k),
+        "ego_pose_token": this,
+        "calibrated_sensor_token": token("calibrated_sensor", name, channel),
+        "timestamp": stamp,
+        "fileformat": "jpg" if camera else "pcd",
+        "is_key_frame": True,
+        "height": size[1] if camera else 0,
+        "width": size[0] if camera else 0,
+        "filename": file,
         "prev": token("sample_data", name, channel, k - 1) if k else "",
         "next": token("sample_data", name, channel, k + 1) if k < plan.frames - 1 else "",
     }
@@ -147,11 +232,18 @@ def annotation(plan: ScenePlan, number: int, k: int, visibility: str, points: in
     length, width, height = obj.look.size
     name = attribute(obj, t)
     return {
-        "token": token("annotation", plan.name, number, k), "sample_token": token("sample", plan.name, k),
-        "instance_token": token("instance", plan.name, number), "visibility_token": visibility,
-        "attribute_tokens": [token("attribute", name)] if name else [], "translation": [x, y, height / 2],
-        "size": [width, length, height], "rotation": yaw_quaternion(yaw), "prev": "", "next": "",
-        "num_lidar_pts": points, "num_radar_pts": 0,
+        "token": token("annotation", plan.name, number, k),
+        "sample_token": token("sample", plan.name, k),
+        "instance_token": token("instance", plan.name, number),
+        "visibility_token": visibility,
+        "attribute_tokens": [token("attribute", name)] if name else [],
+        "translation": [x, y, height / 2],
+        "size": [width, length, height],
+        "rotation": yaw_quaternion(yaw),
+        "prev": "",
+        "next": "",
+        "num_lidar_pts": points,
+        "num_radar_pts": 0,
     }
 
 
@@ -159,17 +251,23 @@ def chain(plan: ScenePlan, annotations: dict[int, list[Row]]) -> dict[str, list[
     """Links each object's annotations (in time order) and makes its instance row."""
     instances, rows = [], []
     for number, own in annotations.items():
-        for before, after in zip(own, own[1:]):
+        for before, after in pairwise(own):
             before["next"], after["prev"] = after["token"], before["token"]
         rows += own
-        instances.append({"token": token("instance", plan.name, number), "nbr_annotations": len(own),
-                          "category_token": token("category", CATEGORY[plan.objects[number].cls]),
-                          "first_annotation_token": own[0]["token"], "last_annotation_token": own[-1]["token"]})
+        instances.append(
+            {
+                "token": token("instance", plan.name, number),
+                "nbr_annotations": len(own),
+                "category_token": token("category", CATEGORY[plan.objects[number].cls]),
+                "first_annotation_token": own[0]["token"],
+                "last_annotation_token": own[-1]["token"],
+            }
+        )
     return {"sample_annotation": rows, "instance": instances}
 
 
 def can_bus_poses(town: Town, scene: str) -> list[Row]:
-    """nuScenes' CAN pose messages at 50 Hz: from half a second before the first sample to half a second after the last."""
+    """nuScenes' CAN pose messages at 50 Hz, from half a second before the first sample to as long after the last."""
     rows = []
     step = 0.02
     for t in np.arange(-0.5, town.duration + 0.5, step):
@@ -177,8 +275,16 @@ def can_bus_poses(town: Town, scene: str) -> list[Row]:
         before, after = town.ego.pose(t - step), town.ego.pose(t + step)
         speed, rate = town.ego.speed_at(t), (after[2] - before[2]) / (2 * step)
         acceleration = (town.ego.speed_at(t + step) - town.ego.speed_at(t - step)) / (2 * step)
-        rows.append({"accel": [acceleration, speed * rate, 9.81], "orientation": yaw_quaternion(yaw), "pos": [x, y, 0.0],
-                     "rotation_rate": [0.0, 0.0, rate], "utime": first_stamp(scene) + round(t * 1e6), "vel": [speed, 0.0, 0.0]})
+        rows.append(
+            {
+                "accel": [acceleration, speed * rate, 9.81],
+                "orientation": yaw_quaternion(yaw),
+                "pos": [x, y, 0.0],
+                "rotation_rate": [0.0, 0.0, rate],
+                "utime": first_stamp(scene) + round(t * 1e6),
+                "vel": [speed, 0.0, 0.0],
+            }
+        )
     return rows
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """numpy arrays in and out of VTK."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -13,8 +14,9 @@ from vtkmodules.vtkRenderingCore import vtkActor, vtkPolyDataMapper, vtkRenderWi
 from qdbev_train.synthetic.mesh import Array
 
 
-def poly_data(points: Array, corners: int, colours: NDArray[np.uint8] | None = None,
-              texture: Array | None = None) -> vtkPolyData:
+def poly_data(
+    points: Array, corners: int, colours: NDArray[np.uint8] | None = None, texture: Array | None = None
+) -> vtkPolyData:
     """Polygons of `corners` corners each: points (P, 3) in order, colours (P, 3), texture coordinates (P, 2)."""
     poly = vtkPolyData()
     holder = vtkPoints()

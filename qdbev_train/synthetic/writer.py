@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes one scene: plans it, draws it, and writes its images, map, CAN bus and table rows."""
+
 from __future__ import annotations
 
 import json
@@ -58,8 +59,12 @@ def finished(job: Job) -> bool:
     found = json.loads(job.part.read_text())["settings"]
     wanted = asdict(job.settings)
     if found != wanted:
-        other = ", ".join(f"{k} {found.get(k)} instead of {v}" for k, v in wanted.items() if found.get(k) != v)
-        raise DataError(f"{job.out}: {job.scene} was made with {other}; use the same settings or another folder")
+        other = ", ".join(
+            f"{k} {found.get(k)} instead of {v}" for k, v in wanted.items() if found.get(k) != v
+        )
+        raise DataError(
+            f"{job.out}: {job.scene} was made with {other}; use the same settings or another folder"
+        )
     return True
 
 
@@ -85,7 +90,9 @@ def make_scene(job: Job) -> str:
     return job.scene
 
 
-def _draw_frames(out: Path, plan: ScenePlan, rig: list[Camera], size: tuple[int, int]) -> dict[str, list[tables.Row]]:
+def _draw_frames(
+    out: Path, plan: ScenePlan, rig: list[Camera], size: tuple[int, int]
+) -> dict[str, list[tables.Row]]:
     """Draws every image and the map; returns the annotations and instances that the pictures justify."""
     from qdbev_train.synthetic.ground import map_mask
 
@@ -104,8 +111,9 @@ def _draw_frames(out: Path, plan: ScenePlan, rig: list[Camera], size: tuple[int,
     return tables.chain(plan, annotations)
 
 
-def observe(renderer: TownRenderer, plan: ScenePlan, rig: list[Camera], k: int, surfaces: Any,
-            out: Path | None = None) -> Occlusion:
+def observe(
+    renderer: TownRenderer, plan: ScenePlan, rig: list[Camera], k: int, surfaces: Any, out: Path | None = None
+) -> Occlusion:
     """Draws frame k with every camera (and writes the images under `out`); returns what is seen of each object."""
     from qdbev_train.synthetic.render import camera_to_town
 
@@ -115,8 +123,11 @@ def observe(renderer: TownRenderer, plan: ScenePlan, rig: list[Camera], k: int, 
         t = k * KEYFRAME + camera.offset_us * 1e-6
         picture, identities = renderer.draw(camera, index, t)
         if out is not None:
-            write_image(out / tables.image_file(plan.name, camera, k), picture[..., ::-1],
-                        [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+            write_image(
+                out / tables.image_file(plan.name, camera, k),
+                picture[..., ::-1],
+                [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY],
+            )
         poses = np.insert(renderer.poses(t), 2, middles, axis=1)
         occlusion.add(identities, camera, np.linalg.inv(camera_to_town(camera, plan.town.ego.pose(t))), poses)
     return occlusion
