@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if args.results:
         write_results(args.results, results)
     score = official_score(args.dataroot, args.version, args.split, results)
-    print(f"{args.model}, {args.dataroot} {args.version} {args.split}, {per_frame * 1e3:.0f} ms a frame")
-    print(score.text())
     if args.json:
         data = {"model": args.model.name, "version": args.version, "split": args.split}
         write_json(args.json, data | score.to_dict() | {"seconds_per_frame": per_frame})
+    print(f"{args.model}, {args.dataroot} {args.version} {args.split}, {per_frame * 1e3:.0f} ms a frame")
+    print(score.text())
     return 0

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qdbev_train.evaluation.command import add_data_arguments
+
+if TYPE_CHECKING:
+    from qdbev_train.evaluation.recording import Matched
 
 EXAMPLE = "example: qdbev score out/demo/detections.mcap data/nuscenes --version v1.0-mini --split mini_val"
 LISTED = 10  # unanswered samples that are named on the terminal; all are in the JSON file
@@ -33,26 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from qdbev_train.evaluation.results import write_json
 
     topic, answers = read_answers(args.bag)
-    scenes = load_scenes(args.dataroot, args.version, args.split, args.scene)
-    matched = match(answers, scenes)
-    answered = len(matched.results) - len(matched.unanswered)
-    print(
-        f"{args.bag}: {len(answers)} messages on {topic}; {answered} of {len(matched.results)} samples answered"
-    )
-    if answers and answers[0].attributes is None:
-        print("the recording has no ~/objects: velocities are unknown and count as 0")
-    if matched.repeated:
-        print(
-            f"{matched.repeated} further answers for samples that had one (a looped bag?): the first one counts"
-        )
-    if matched.foreign:
-        print(f"{matched.foreign} answers at no sample's time, left out")
-    for frame in matched.unanswered[:LISTED]:
-        print(f"unanswered: {frame.scene} {frame.stamp_ns / 1e9:.3f} s, sample {frame.sample_token}")
-    if len(matched.unanswered) > LISTED:
-        print(f"... and {len(matched.unanswered) - LISTED} more")
+    matched = match(answers, load_scenes(args.dataroot, args.version, args.split, args.scene))
     score = official_score(args.dataroot, args.version, args.split, matched.results)
-    print(score.text())
+    answered = len(matched.results) - len(matched.unanswered)
     if args.json:
         data = {
             "bag": args.bag.name,
@@ -64,4 +51,24 @@ def run(args: argparse.Namespace) -> int:
             "foreign": matched.foreign,
         }
         write_json(args.json, data | score.to_dict())
+    print(
+        f"{args.bag}: {len(answers)} messages on {topic}; {answered} of {len(matched.results)} samples answered"
+    )
+    if answers[0].attributes is None:
+        print("the recording has no ~/objects: velocities are unknown and count as 0")
+    _say_what_did_not_fit(matched)
+    print(score.text())
     return 0
+
+
+def _say_what_did_not_fit(matched: Matched) -> None:
+    if matched.repeated:
+        print(
+            f"{matched.repeated} further answers for samples that had one (a looped bag?): the first one counts"
+        )
+    if matched.foreign:
+        print(f"{matched.foreign} answers at no sample's time, left out")
+    for frame in matched.unanswered[:LISTED]:
+        print(f"unanswered: {frame.scene} {frame.stamp_ns / 1e9:.3f} s, sample {frame.sample_token}")
+    if len(matched.unanswered) > LISTED:
+        print(f"... and {len(matched.unanswered) - LISTED} more")
