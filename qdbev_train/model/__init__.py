@@ -14,7 +14,7 @@ __all__ = [
     "ExtraQueries",
     "Output",
     "build_model",
+    "load_bevformer_checkpoint",
     "load_imagenet_backbone",
     "spread_references",
-    "load_bevformer_checkpoint",
 ]

@@ -41,11 +41,13 @@ def deformable_attention(value: Tensor, sizes: list[MapSize], locations: Tensor,
 def init_deformable(module: nn.Module, heads: int, points: int) -> None:
     """Offsets start as a star: head k looks in compass direction k, point i at distance i + 1; weights uniform."""
     offsets, weights = module.get_submodule("sampling_offsets"), module.get_submodule("attention_weights")
-    assert isinstance(offsets, nn.Linear) and isinstance(weights, nn.Linear)
+    assert isinstance(offsets, nn.Linear)
+    assert isinstance(weights, nn.Linear)
     angle = torch.arange(heads, dtype=torch.float32) * (2.0 * math.pi / heads)
     direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
     direction = direction / direction.abs().amax(-1, keepdim=True)
-    maps = offsets.out_features // (heads * points * 2)  # feature levels, or the two maps of the temporal queue
+    # Feature levels, or the two maps of the temporal queue.
+    maps = offsets.out_features // (heads * points * 2)
     star = direction[:, None, None] * torch.arange(1, points + 1)[:, None]
     with torch.no_grad():
         offsets.bias.copy_(star.expand(heads, maps, points, 2).reshape(-1))
@@ -58,7 +60,7 @@ def init_deformable(module: nn.Module, heads: int, points: int) -> None:
 
 
 def pixel_scale(sizes: list[MapSize], like: Tensor) -> Tensor:
-    """(levels, 2): (width, height) of each map, which turns offsets in pixels into fractions."""
+    """(levels, 2): (width, height) of each map; offsets in pixels divided by it are fractions of the map."""
     return torch.tensor([[width, height] for height, width in sizes], dtype=torch.float32, device=like.device)
 
 
@@ -199,7 +201,9 @@ class BevCrossAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         init_deformable(self, heads, points)
 
-    def forward(self, content: Tensor, position: Tensor, reference: Tensor, bev: Tensor, size: MapSize) -> Tensor:
+    def forward(
+        self, content: Tensor, position: Tensor, reference: Tensor, bev: Tensor, size: MapSize
+    ) -> Tensor:
         batch, cells, channels = bev.shape
         query = content + position
         offsets = self.sampling_offsets(query).float().reshape(batch, -1, self.heads, 1, self.points, 2)

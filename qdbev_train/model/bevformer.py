@@ -80,7 +80,9 @@ class BEVFormer(nn.Module):
         super().__init__()
         self.variant = variant
         if variant.backbone.kind not in ("resnet", "mobilenet_v2"):
-            raise ConfigError(f"variant {variant.name}: backbone.kind {variant.backbone.kind!r}; use resnet or mobilenet_v2")
+            raise ConfigError(
+                f"variant {variant.name}: backbone.kind {variant.backbone.kind!r}; use resnet or mobilenet_v2"
+            )
         build = ResNet if variant.backbone.kind == "resnet" else MobileNetV2
         self.img_backbone = build(variant.backbone)
         channels = variant.transformer.channels
@@ -140,7 +142,9 @@ class BEVFormer(nn.Module):
         fraction of the map · use_prev (B,) 0 or 1
         """
         features = self.image_features(images)
-        bev = self.pts_bbox_head.encode(features, points, cells, slots, weights, can_bus, prev_bev, shift, use_prev)
+        bev = self.pts_bbox_head.encode(
+            features, points, cells, slots, weights, can_bus, prev_bev, shift, use_prev
+        )
         class_logits, boxes = self.pts_bbox_head.decode(bev, extra_queries)
         return Output(features, bev, class_logits, boxes)
 
@@ -177,7 +181,10 @@ class BEVFormer(nn.Module):
         return turned, shift, use_prev
 
     def freeze_backbone(self, stages: int) -> None:
-        """Stops training of the stem and the first `stages` stages; BEVFormer's recipe is 1. BatchNorm is always frozen."""
+        """Stops training of the stem and the first `stages` stages; BEVFormer's recipe is 1.
+
+        BatchNorm is frozen everywhere anyway.
+        """
         for modules in self.img_backbone.stages()[: stages + 1]:
             for module in modules:
                 module.requires_grad_(False)

@@ -32,7 +32,7 @@ class ExtraQueries:
 
 
 class PackedAttention(nn.Module):
-    """Multi-head attention with query, key and value projections in one matrix, as nn.MultiheadAttention stores them."""
+    """Multi-head attention; query, key and value projections in one matrix, as nn.MultiheadAttention has them."""
 
     def __init__(self, channels: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -50,7 +50,9 @@ class PackedAttention(nn.Module):
         w, b = self.in_proj_weight, self.in_proj_bias
         q, k = F.linear(query, w[: 2 * channels], b[: 2 * channels]).chunk(2, dim=-1)
         v = F.linear(value, w[2 * channels :], b[2 * channels :])
-        q, k, v = (x.reshape(batch, -1, self.heads, channels // self.heads).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (
+            x.reshape(batch, -1, self.heads, channels // self.heads).transpose(1, 2) for x in (q, k, v)
+        )
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
         return self.out_proj(out.transpose(1, 2).reshape(batch, -1, channels))

