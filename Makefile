@@ -25,6 +25,6 @@ lint: ## ruff and mypy
 	@scripts/setup.sh test
 	@$(ENV) && ruff check . && ruff format --check . && mypy
 
-clean: ## removes .venv and everything that was built; keeps data/ and the message packages in the cache folder
-	rm -rf .venv .venv.lock out build install log .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+clean: ## removes .venv and what was built; keeps out/, data/ and the message packages in the cache folder
+	rm -rf .venv .venv.lock build install log .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
