@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class Runner(Protocol):
 
     description: str
 
-    def run(self, tensors: dict[str, NDArray[np.generic]]) -> dict[str, Floats]: ...
+    def run(self, tensors: dict[str, NDArray[Any]]) -> dict[str, Floats]: ...
 
 
 class Engine:
@@ -58,9 +58,9 @@ class Engine:
     ) -> InferenceResult:
         """One frame.
 
-        images (6, 3, H, W) normalised and padded, in the order of CAMERAS · lidar2img (6, 4, 4) from the LIDAR_TOP frame
-        to pixels of the input, all zeros for an absent camera · can_bus (18,), deltas applied · prev_bev (cells, C) as
-        the last call returned it, or None. Raises DataError where a shape does not fit.
+        images (6, 3, H, W) normalised and padded, in the order of CAMERAS · lidar2img (6, 4, 4) from the LIDAR_TOP
+        frame to pixels of the input, all zeros for an absent camera · can_bus (18,), deltas applied ·
+        prev_bev (cells, C) as the last call returned it, or None. Raises DataError where a shape does not fit.
         """
         self._check(images, lidar2img, can_bus, prev_bev)
         bev, temporal = self.variant.bev, self.variant.temporal
@@ -71,7 +71,7 @@ class Engine:
             sources = rotation_sources(float(can_bus[17]), bev, temporal.rotate_center)
             history, shift = rotate_bev(prev_bev, sources), bev_shift(can_bus, bev)
         tables = self._visible(lidar2img)
-        tensors = {
+        tensors: dict[str, NDArray[Any]] = {
             "images": np.ascontiguousarray(images, np.float32)[None],
             "points": tables.points[None],
             "cells": tables.cells[None],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import onnx
@@ -44,28 +45,68 @@ def unpack_int4(tensor: TensorProto) -> NDArray[np.int8]:
 
 
 class Graph:
-    """Nodes in order and initialisers by name. Edits keep the order; `finish` gives a model back."""
+    """Nodes and initialisers, with an index of who makes and who reads each tensor.
+
+    Nodes keep their order; `finish` moves a node back only as far as its inputs ask for.
+    """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
-        self.node_list: list[onnx.NodeProto] = list(model.graph.node)
+        self._nodes: dict[int, onnx.NodeProto] = {}
+        self._makers: dict[str, onnx.NodeProto] = {}
+        self._readers: dict[str, dict[int, onnx.NodeProto]] = {}
+        self._outputs = {o.name for o in model.graph.output}
         self.initializers: dict[str, TensorProto] = {t.name: t for t in model.graph.initializer}
         if any(t.data_location == TensorProto.EXTERNAL for t in self.initializers.values()):
             raise PackageError("the ONNX graph refers to data outside its own file")
+        for node in model.graph.node:
+            self.add(node)
+
+    def add(self, node: onnx.NodeProto) -> None:
+        self._nodes[id(node)] = node
+        for name in node.input:
+            self._readers.setdefault(name, {})[id(node)] = node
+        for name in node.output:
+            self._makers[name] = node
+
+    def remove(self, node: onnx.NodeProto) -> None:
+        del self._nodes[id(node)]
+        for name in node.input:
+            self._readers[name].pop(id(node), None)
+        for name in node.output:
+            if self._makers.get(name) is node:
+                del self._makers[name]
+
+    def replace(self, node: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> None:
+        """Puts nodes in the place of one."""
+        self.remove(node)
+        for new in nodes:
+            self.add(new)
+
+    def set_input(self, node: onnx.NodeProto, index: int, name: str) -> None:
+        old = node.input[index]
+        node.input[index] = name
+        if old not in node.input:
+            self._readers[old].pop(id(node), None)
+        self._readers.setdefault(name, {})[id(node)] = node
+
+    def redirect(self, old: str, new: str) -> None:
+        """Lets everything that read `old` read `new`; graph outputs keep their names and cannot be redirected."""
+        for node in self.users(old):
+            for i, name in enumerate(node.input):
+                if name == old:
+                    self.set_input(node, i, new)
 
     def nodes(self, op_type: str) -> list[onnx.NodeProto]:
-        return [n for n in self.node_list if n.op_type == op_type]
+        return [n for n in self._nodes.values() if n.op_type == op_type]
 
     def users(self, name: str) -> list[onnx.NodeProto]:
-        """The nodes that read a tensor, in order."""
-        return [n for n in self.node_list if name in n.input]
+        """The nodes that read a tensor."""
+        return list(self._readers.get(name, {}).values())
 
     def producer(self, name: str) -> onnx.NodeProto | None:
         """The node that a tensor comes from; None for inputs and initialisers."""
-        return next((n for n in self.node_list if name in n.output), None)
-
-    def is_output(self, name: str) -> bool:
-        return any(o.name == name for o in self._model.graph.output)
+        return self._makers.get(name)
 
     def is_constant(self, name: str) -> bool:
         """The tensor depends on initialisers alone, through simple arithmetic."""
@@ -74,7 +115,7 @@ class Graph:
         node = self.producer(name)
         return node is not None and node.op_type in _FOLDABLE and all(self.is_constant(i) for i in node.input)
 
-    def constant(self, name: str) -> NDArray[np.generic]:
+    def constant(self, name: str) -> NDArray[Any]:
         """The value of a tensor that depends on initialisers alone."""
         if name in self.initializers:
             return numpy_helper.to_array(self.initializers[name])
@@ -82,77 +123,66 @@ class Graph:
         if node is None or node.op_type not in _FOLDABLE:
             raise PackageError(f"tensor {name!r} is no constant")
         values = {i: self.constant(i) for i in node.input}
-        return np.asarray(ReferenceEvaluator(node).run(None, values)[0])
+        return np.asarray(list(ReferenceEvaluator(node).run(None, values))[0])
 
     def add_initializer(self, tensor: TensorProto) -> str:
         """Adds a tensor under a name made from its content, once; returns the name."""
-        content = hashlib.sha256(
-            repr((tensor.data_type, list(tensor.dims))).encode() + tensor.raw_data
-        ).hexdigest()
+        kind = repr((tensor.data_type, list(tensor.dims))).encode()
         named = TensorProto()
         named.CopyFrom(tensor)
-        named.name = f"c_{content[:24]}"
+        named.name = f"c_{hashlib.sha256(kind + tensor.raw_data).hexdigest()[:24]}"
         self.initializers[named.name] = named
         return named.name
 
-    def add_constant(self, value: NDArray[np.generic] | np.generic) -> str:
+    def add_constant(self, value: Any) -> str:
+        """Adds a numpy array or scalar as an initialiser; returns its name."""
         return self.add_initializer(numpy_helper.from_array(np.asarray(value)))
-
-    def replace(self, node: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> None:
-        """Puts nodes in the place of one."""
-        index = self._index(node)
-        self.node_list[index : index + 1] = nodes
-
-    def remove(self, node: onnx.NodeProto) -> None:
-        del self.node_list[self._index(node)]
-
-    def _index(self, node: onnx.NodeProto) -> int:
-        return next(i for i, n in enumerate(self.node_list) if n is node)
-
-    def redirect(self, old: str, new: str) -> None:
-        """Lets everything that read `old` read `new`; graph outputs keep their names and cannot be redirected."""
-        for node in self.node_list:
-            for i, name in enumerate(node.input):
-                if name == old:
-                    node.input[i] = new
 
     def merge_duplicates(self) -> None:
         """Merges nodes that compute the same from the same, e.g. one tensor quantised twice on one grid."""
         seen: dict[tuple[object, ...], onnx.NodeProto] = {}
-        for node in list(self.node_list):
+        for node in self._sorted():
             attributes = tuple(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
             key = (node.domain, node.op_type, tuple(node.input), attributes, len(node.output))
             if key not in seen:
                 seen[key] = node
-            elif not any(self.is_output(o) for o in node.output):
+            elif not self._outputs.intersection(node.output):
                 for old, new in zip(node.output, seen[key].output, strict=True):
                     self.redirect(old, new)
                 self.remove(node)
 
-    def drop_unused(self) -> None:
-        """Drops nodes and initialisers that no output depends on."""
-        needed = {o.name for o in self._model.graph.output}
-        kept = []
-        for node in reversed(self.node_list):
-            if any(o in needed for o in node.output):
-                needed.update(node.input)
-                kept.append(node)
-        self.node_list = kept[::-1]
-        self.initializers = {name: t for name, t in self.initializers.items() if name in needed}
+    def _sorted(self) -> list[onnx.NodeProto]:
+        """All nodes, makers before readers, otherwise in the order in which they came."""
+        done: set[int] = set()
+        ordered: list[onnx.NodeProto] = []
+        for node in self._nodes.values():
+            stack = [node]
+            while stack:
+                waiting = [
+                    m for i in stack[-1].input if (m := self._makers.get(i)) is not None and id(m) not in done
+                ]
+                if id(stack[-1]) in done:
+                    stack.pop()
+                elif waiting:
+                    stack.append(waiting[0])
+                else:
+                    done.add(id(stack[-1]))
+                    ordered.append(stack.pop())
+        return ordered
 
     def finish(self, producer: str, opset: int) -> onnx.ModelProto:
-        """The edited model: initialisers sorted by name, intermediate shapes dropped, one opset for everything."""
+        """The edited model without what no output depends on; initialisers sorted by name, no intermediate shapes."""
+        needed = set(self._outputs)
+        kept: list[onnx.NodeProto] = []
+        for node in reversed(self._sorted()):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+                node.name = node.name or node.output[0]
+                node.doc_string = ""
         graph = self._model.graph
-        for node in self.node_list:
-            node.name = node.name or node.output[0]
-            node.doc_string = ""
-        edited = helper.make_graph(
-            self.node_list,
-            "qdbev",
-            list(graph.input),
-            list(graph.output),
-            [self.initializers[name] for name in sorted(self.initializers)],
-        )
+        constants = [t for name, t in sorted(self.initializers.items()) if name in needed]
+        edited = helper.make_graph(kept[::-1], "qdbev", list(graph.input), list(graph.output), constants)
         model = helper.make_model(
             edited, producer_name=producer, opset_imports=[helper.make_opsetid("", opset)]
         )

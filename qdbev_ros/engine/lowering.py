@@ -38,30 +38,24 @@ def lower_u8(master: bytes) -> onnx.ModelProto:
         _resize_codes(graph, node)
     for node in graph.nodes("DequantizeLinear"):
         _dequantise_plain_bias(graph, node)
-    graph.drop_unused()
     return graph.finish("qdbev-u8", OPSET)
 
 
 def _fold_rectifier(graph: Graph, quantise: onnx.NodeProto) -> None:
-    """Drops a ReLU or ReLU6 in front of codes that start at zero and end at or below six: the codes cut off the same."""
+    """Drops a ReLU or ReLU6 in front of codes that cut off at zero, and at or below six, all the same."""
     rectifier = graph.producer(quantise.input[0])
-    if (
-        rectifier is None
-        or rectifier.op_type not in ("Relu", "Clip")
-        or len(graph.users(rectifier.output[0])) != 1
-    ):
+    if rectifier is None or len(graph.users(rectifier.output[0])) != 1:
         return
     low, high = _code_bounds(graph, quantise)
-    top = float(graph.constant(quantise.input[1])) * high
-    if low < 0:
-        return
-    if rectifier.op_type == "Clip":
-        floor, ceiling = (float(graph.constant(name)) for name in rectifier.input[1:3])
+    if rectifier.op_type == "Clip" and all(graph.is_constant(name) for name in rectifier.input[1:]):
+        floor, ceiling = (float(graph.constant(name)) for name in rectifier.input[1:])
         # Values above the ceiling have to land on the highest code without it as well.
-        if floor != 0.0 or ceiling < top * (1 - 1e-6):
-            return
-    quantise.input[0] = rectifier.input[0]
-    graph.remove(rectifier)
+        redundant = floor == 0.0 and ceiling >= float(graph.constant(quantise.input[1])) * high * (1 - 1e-6)
+    else:
+        redundant = rectifier.op_type == "Relu"
+    if redundant and low == 0:
+        graph.set_input(quantise, 0, rectifier.input[0])
+        graph.remove(rectifier)
 
 
 def _code_bounds(graph: Graph, quantise: onnx.NodeProto) -> tuple[int, int]:
@@ -84,28 +78,29 @@ def _to_unsigned(graph: Graph, quantise: onnx.NodeProto) -> None:
     shift = ZERO_POINT if low < 0 else 0
     zero = graph.add_constant(np.uint8(shift))
     codes, clip = quantise.output[0], _clip_behind(graph, quantise)
-    quantise.input[2] = zero
+    graph.set_input(quantise, 2, zero)
     if clip is not None:
         for i, bound in ((1, low), (2, high)):
-            clip.input[i] = graph.add_constant(np.uint8(bound + shift))
+            graph.set_input(clip, i, graph.add_constant(np.uint8(bound + shift)))
         codes = clip.output[0]
     for user in graph.users(codes):
         if user.op_type != "DequantizeLinear":
             raise PackageError(f"the codes {codes!r} are read by {user.op_type}, expected DequantizeLinear")
-        user.input[2] = zero
+        graph.set_input(user, 2, zero)
 
 
 def _resize_codes(graph: Graph, resize: onnx.NodeProto) -> None:
-    """Lets a nearest-neighbour Resize work on the codes: DequantizeLinear moves behind it, so that sums stay integer."""
+    """Lets a nearest-neighbour Resize work on codes: DequantizeLinear moves behind it, so that sums stay integer."""
     mode = next((a.s for a in resize.attribute if a.name == "mode"), b"nearest")
     source = graph.producer(resize.input[0])
     if mode != b"nearest" or source is None or source.op_type != "DequantizeLinear":
         return
     value, codes = resize.output[0], resize.output[0] + "_codes"
-    resize.input[0] = source.input[0]
-    resize.output[0] = codes
+    moved = onnx.NodeProto()
+    moved.CopyFrom(resize)
+    moved.input[0], moved.output[0] = source.input[0], codes
     behind = helper.make_node("DequantizeLinear", [codes, *source.input[1:]], [value], name=value)
-    graph.replace(resize, [resize, behind])
+    graph.replace(resize, [moved, behind])
 
 
 def _dequantise_plain_bias(graph: Graph, node: onnx.NodeProto) -> None:
@@ -144,7 +139,6 @@ def fuse_linears(model: onnx.ModelProto) -> onnx.ModelProto:
             "MatMulIntegerToFloat", inputs, target.output, name=matmul.name, domain="com.microsoft"
         )
         graph.replace(target, [fused])
-    graph.drop_unused()
     fused_model = graph.finish("qdbev-u8-onnxruntime", OPSET)
     fused_model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return fused_model

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network on ONNX Runtime's CPU kernels, convolutions in int8.
 
-ONNX Runtime says nothing when it cannot fuse a quantised convolution and runs it in float instead, several times slower.
-So the graph that it really runs is read back at start-up, and the runner refuses to start unless all of them are int8.
+ONNX Runtime says nothing when it cannot fuse a quantised convolution and runs it in float instead, several times
+slower. So the graph that it really runs is read back at start-up, and the runner refuses to start unless all of them
+are int8.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -47,7 +49,7 @@ class OnnxRuntimeRunner:
             f"{self.integer_convolutions} int8 convolutions"
         )
 
-    def run(self, tensors: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.float32]]:
+    def run(self, tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """One inference. Inputs that the graph does not read are left out."""
         feeds = {name: tensors[name] for name in self._names}
         return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))

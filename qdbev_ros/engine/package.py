@@ -58,7 +58,9 @@ def write_package(
 ) -> str:
     """Writes a package and returns the SHA-256 of the file. Equal arguments give equal bytes; all or nothing."""
     if len(model) > MAX_BYTES[MODEL]:
-        raise PackageError(f"{path}: the model is {len(model)} bytes, more than a package may hold ({MAX_BYTES[MODEL]})")
+        raise PackageError(
+            f"{path}: the model is {len(model)} bytes, a package holds up to {MAX_BYTES[MODEL]}"
+        )
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -111,7 +113,14 @@ def read_package(path: str | Path) -> Package:
     except OSError as error:
         raise PackageError(f"{source}: cannot be read: {error.strerror or error}") from error
     # zipfile reports damage in many ways, among them plain ValueError, struct errors and NotImplementedError.
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError) as error:
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         raise PackageError(f"{source}: not a whole .qdbev package (damaged or cut short): {error}") from error
     manifest = _parse_manifest(source, contents[MANIFEST])
     _check_model(source, manifest, contents[MODEL])
@@ -131,7 +140,9 @@ def _read_members(source: Path, archive: zipfile.ZipFile) -> dict[str, bytes]:
         if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
             raise PackageError(f"{source}: member {name!r} climbs out of the package")
         if name not in MEMBERS:
-            raise PackageError(f"{source}: unknown member {name!r}; a package holds {' and '.join(MEMBERS)} only")
+            raise PackageError(
+                f"{source}: unknown member {name!r}; a package holds {' and '.join(MEMBERS)} only"
+            )
         if names.count(name) > 1:
             raise PackageError(f"{source}: member {name!r} is there twice")
     for name in MEMBERS:
@@ -144,7 +155,9 @@ def _read_members(source: Path, archive: zipfile.ZipFile) -> dict[str, bytes]:
             )
         # Members are stored as they are, so that nothing can unfold to more than the file's own size.
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise PackageError(f"{source}: member {info.filename!r} is compressed; packages hold stored members only")
+            raise PackageError(
+                f"{source}: member {info.filename!r} is compressed; packages hold stored members only"
+            )
         if info.flag_bits & 1:
             raise PackageError(f"{source}: member {info.filename!r} is encrypted")
     contents = {}
@@ -152,7 +165,9 @@ def _read_members(source: Path, archive: zipfile.ZipFile) -> dict[str, bytes]:
         with archive.open(info) as member:
             data = member.read(info.file_size + 1)
         if len(data) != info.file_size:
-            raise PackageError(f"{source}: member {info.filename!r} has {len(data)} bytes, claims {info.file_size}")
+            raise PackageError(
+                f"{source}: member {info.filename!r} has {len(data)} bytes, claims {info.file_size}"
+            )
         contents[info.filename] = data
     return contents
 
@@ -166,10 +181,16 @@ def _parse_manifest(source: Path, text: bytes) -> dict[str, Any]:
         raise PackageError(f"{source}: {MANIFEST} is not that of a .qdbev package")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        advice = "update qdbev" if isinstance(version, int) and version > FORMAT_VERSION else "export it again"
-        raise PackageError(f"{source}: format version {version!r}, this software reads {FORMAT_VERSION}; {advice}")
+        advice = (
+            "update qdbev" if isinstance(version, int) and version > FORMAT_VERSION else "export it again"
+        )
+        raise PackageError(
+            f"{source}: format version {version!r}, this software reads {FORMAT_VERSION}; {advice}"
+        )
     if manifest.get("cameras") != list(CAMERAS):
-        raise PackageError(f"{source}: {MANIFEST}: cameras are {manifest.get('cameras')}, expected {list(CAMERAS)}")
+        raise PackageError(
+            f"{source}: {MANIFEST}: cameras are {manifest.get('cameras')}, expected {list(CAMERAS)}"
+        )
     for name in ("variant", "members", *_SECTIONS):
         if not isinstance(manifest.get(name), dict):
             raise PackageError(f"{source}: {MANIFEST}: {name!r} is missing or no mapping")

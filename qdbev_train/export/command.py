@@ -30,9 +30,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EXPORT_EXAMPLE,
         formatter_class=raw,
     )
-    export.add_argument("checkpoint", type=Path, help="model.safetensors, quantised (or float, for comparison)")
+    export.add_argument(
+        "checkpoint", type=Path, help="model.safetensors, quantised (or float, for comparison)"
+    )
     export.add_argument("out", type=Path, help="the package to write, e.g. nano.qdbev")
-    export.add_argument("--scores", type=Path, metavar="FILE", help="numbers of `qdbev eval --json` to put inside")
+    export.add_argument(
+        "--scores", type=Path, metavar="FILE", help="numbers of `qdbev eval --json` to put inside"
+    )
     export.set_defaults(run=run_export)
     inspect = commands.add_parser(
         "inspect",
@@ -57,7 +61,9 @@ def run_export(args: argparse.Namespace) -> int:
     config = None if grid is None else QuantConfig.from_dict(grid)
     digest = export_package(model, variant, config, args.out, metadata.get("provenance", {}), scores)
     form = "float" if config is None else f"W{config.weight_bits}A{config.activation_bits}"
-    print(f"wrote {args.out}: {variant.name}, {form}, {args.out.stat().st_size / 1e6:.2f} MB, sha256 {digest[:16]}")
+    print(
+        f"wrote {args.out}: {variant.name}, {form}, {args.out.stat().st_size / 1e6:.2f} MB, sha256 {digest[:16]}"
+    )
     return 0
 
 
@@ -90,7 +96,11 @@ def summarise(package: Package) -> dict[str, Any]:
     """What `inspect` tells, as plain data. `bytes_float32` is the size of all parameters as float32."""
     grid = package.quantisation
     size = package.path.stat().st_size
-    layers = [layer | {"bytes": math.ceil(math.prod(layer["shape"]) * layer["weight_bits"] / 8)} for layer in grid["layers"]]
+    layers = []
+    for layer in grid["layers"]:
+        # Four bits are packed; everything above is stored as int8.
+        bits = 4 if layer["weight_bits"] <= 4 else 8
+        layers.append(layer | {"bytes": math.ceil(math.prod(layer["shape"]) * bits / 8)})
     return {
         "file": str(package.path),
         "sha256": package.sha256,
@@ -130,5 +140,8 @@ def _text(package: Package, summary: dict[str, Any]) -> str:
         bits = f"W{names[0]['weight_bits']}A{names[0]['activation_bits']}"
         lines.append(f"  {bits}: {reason}: {', '.join(e['name'] for e in names)}")
     for title in ("training", "scores"):
-        lines += ["", f"{title}: {json.dumps(summary[title], sort_keys=True)}" if summary[title] else f"{title}: none"]
+        lines += [
+            "",
+            f"{title}: {json.dumps(summary[title], sort_keys=True)}" if summary[title] else f"{title}: none",
+        ]
     return "\n".join(lines)

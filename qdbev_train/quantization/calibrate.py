@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qdbev_train.model.bevformer import BEVFormer
 from qdbev_train.quantization.config import QuantConfig
 from qdbev_train.quantization.layers import ActivationQuantiser, QuantisedConv2d, QuantisedLayer
 from qdbev_train.quantization.model import bev_quantisers, quantise_model
@@ -29,7 +30,7 @@ CORRECTION_FRAMES = 16
 BIAS_STEPS = 2.0**20
 
 
-def post_training_quantise(model: nn.Module, frames: Iterable[Batch], config: QuantConfig) -> nn.Module:
+def post_training_quantise(model: BEVFormer, frames: Iterable[Batch], config: QuantConfig) -> BEVFormer:
     """The W4A6 (or as `config` says) student of a trained float model.
 
     frames: batches in temporal order, such as a training stream gives them; all are read once and kept. The model
@@ -120,7 +121,7 @@ def correct_biases(model: nn.Module, batches: Sequence[Batch], histories: Sequen
     def correct(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
         assert isinstance(layer, QuantisedLayer)
         shift = wanted[layer] - _channel_mean(layer, output)
-        layer.bias += shift
+        layer.bias.add_(shift)
         return output + (shift[:, None, None] if isinstance(layer, QuantisedConv2d) else shift)
 
     with in_float(model), _hooks(layers, remember):

@@ -38,7 +38,9 @@ EXCEPTIONS = (
     Override("img_backbone.conv1", 7, 8, "first convolution: it sees the picture itself"),
     Override("*.cls_branches.*.6", 7, 8, "last layer of a branch: its output is the answer"),
     Override("*.reg_branches.*.4", 7, 8, "last layer of a branch: its output is the answer"),
-    Override("*.can_bus_mlp.*", FLOAT, FLOAT, "can_bus mixes metres, unit quaternions and degrees in one vector"),
+    Override(
+        "*.can_bus_mlp.*", FLOAT, FLOAT, "can_bus mixes metres, unit quaternions and degrees in one vector"
+    ),
     Override("*.reference_points", FLOAT, FLOAT, "works on constants: engines compute it once, at load"),
 )
 
@@ -80,7 +82,11 @@ class QuantConfig:
     def bits(self, name: str) -> tuple[int, int]:
         """(weight bits, activation bits) of the layer of this name; 32 means that it stays float."""
         exception = self.override(name)
-        return (exception.weight, exception.activation) if exception else (self.weight_bits, self.activation_bits)
+        return (
+            (exception.weight, exception.activation)
+            if exception
+            else (self.weight_bits, self.activation_bits)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -92,10 +98,11 @@ class QuantConfig:
         if not isinstance(data, dict) or set(data) - fields:
             unknown = sorted(set(data) - fields) if isinstance(data, dict) else type(data).__name__
             raise ConfigError(f"quantisation: unknown keys {unknown}; known: {sorted(fields)}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         if "overrides" in values:
             try:
                 values["overrides"] = tuple(Override(**dict(o)) for o in values["overrides"])
             except TypeError as error:
-                raise ConfigError(f"quantisation: overrides need pattern, weight, activation, reason: {error}") from error
+                need = "pattern, weight, activation, reason"
+                raise ConfigError(f"quantisation: overrides need {need}: {error}") from error
         return QuantConfig(**values)

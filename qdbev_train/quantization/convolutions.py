@@ -29,11 +29,17 @@ _SELECTIONS = (F.max_pool2d, F.interpolate, torch.max_pool2d)
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (QuantisedLayer, ActivationQuantiser)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (QuantisedLayer, ActivationQuantiser)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 def quantise_convolutions(
-    part: nn.Module, name: str, config: QuantConfig, maps: int | None, inputs: list[ActivationQuantiser] | None
+    part: nn.Module,
+    name: str,
+    config: QuantConfig,
+    maps: int | None,
+    inputs: list[ActivationQuantiser] | None,
 ) -> fx.GraphModule:
     """The part with its convolutions on the grid.
 
@@ -48,7 +54,7 @@ def quantise_convolutions(
     else:
         # A list argument is traced element by element.
         argument = next(iter(inspect.signature(part.forward).parameters))
-        graph = tracer.trace(part, concrete_args={argument: [fx.PH] * maps})
+        graph = tracer.trace(part, concrete_args={argument: [fx.PH] * maps})  # type: ignore[attr-defined]
     module = fx.GraphModule(part, graph, type(part).__name__)
     _Placement(module, name, config, inputs).run()
     module.graph.lint()
@@ -67,7 +73,9 @@ def _replace_convolutions(part: nn.Module, name: str, config: QuantConfig) -> No
     """Swaps every convolution that the configuration quantises, its BatchNorm folded in."""
     for path, parent in list(part.named_modules()):
         if isinstance(parent, ModulatedDeformConv2d):
-            raise ConfigError(f"{name}.{path}: deformable convolutions cannot be quantised; leave out the part {name!r}")
+            raise ConfigError(
+                f"{name}.{path}: a deformable convolution cannot be quantised; leave out this part"
+            )
         children = list(parent.named_children())
         for i, (key, child) in enumerate(children):
             full = ".".join(filter(None, (name, path, key)))
@@ -148,4 +156,3 @@ class _Placement:
         node.replace_all_uses_with(inserted, delete_user_cb=lambda user: user is not inserted)
         self.grid[inserted] = quantiser
         return inserted
-

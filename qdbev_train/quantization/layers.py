@@ -2,8 +2,8 @@
 """Layers that compute on the integer grid in float: activation quantisers, convolutions and linears.
 
 State of a layer (all saved with the checkpoint): `weight`, `bias` as trained in float; `weight_scale` (out,),
-`weight_low`, `weight_high`. State of an activation quantiser: `scale`, `low`, `high`. Scales are NaN until calibrated, so
-that a forgotten calibration shows at once.
+`weight_low`, `weight_high`. State of an activation quantiser: `scale`, `low`, `high`. Scales are NaN until calibrated,
+so that a forgotten calibration shows at once.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class QuantisedLayer(nn.Module):
     weight_scale: Tensor
     weight_low: Tensor
     weight_high: Tensor
+    bias_limit: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, bits: int) -> None:
         super().__init__()
@@ -103,7 +104,12 @@ class QuantisedConv2d(QuantisedLayer):
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, bits: int) -> None:
         super().__init__(weight, bias, bits)
-        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.stride, self.padding, self.dilation, self.groups = (
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
@@ -140,12 +146,14 @@ class QuantisedPackedAttention(nn.Module):
     def forward(self, query: Tensor, value: Tensor, may_attend: Tensor | None) -> Tensor:
         """query, value (B, Q, C) -> (B, Q, C), as PackedAttention."""
         q, k = self.query_key(query).chunk(2, dim=-1)
-        return self.out_proj(attend(q, k, self.value(value), self.heads, may_attend, self.dropout * self.training))
+        return self.out_proj(
+            attend(q, k, self.value(value), self.heads, may_attend, self.dropout * self.training)
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, may_attend: Tensor | None, dropout: float) -> Tensor:
     """Scaled dot-product attention of projected queries, keys and values (B, Q, C) -> (B, Q, C)."""
     batch, _, channels = q.shape
-    split = (x.reshape(batch, -1, heads, channels // heads).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*split, attn_mask=may_attend, dropout_p=dropout)
+    q, k, v = (x.reshape(batch, -1, heads, channels // heads).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
     return out.transpose(1, 2).reshape(batch, -1, channels)

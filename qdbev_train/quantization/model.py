@@ -37,12 +37,15 @@ def quantise_model(model: BEVFormer, config: QuantConfig) -> BEVFormer:
     Parts that are quantised already stay as they are, so that progressive training adds one after another.
     """
     if "backbone" in config.parts and not isinstance(model.img_backbone, fx.GraphModule):
-        model.img_backbone = quantise_convolutions(model.img_backbone, "img_backbone", config, None, None)
+        backbone = quantise_convolutions(model.img_backbone, "img_backbone", config, None, None)
+        model.img_backbone = backbone  # type: ignore[assignment]
     if "neck" in config.parts and not isinstance(model.img_neck, fx.GraphModule):
         maps = len(model.img_neck.lateral_convs)
-        backbone = model.img_backbone
-        inputs = output_quantisers(backbone) if isinstance(backbone, fx.GraphModule) else None
-        model.img_neck = quantise_convolutions(model.img_neck, "img_neck", config, maps, inputs)
+        grid = (
+            output_quantisers(model.img_backbone) if isinstance(model.img_backbone, fx.GraphModule) else None
+        )
+        neck = quantise_convolutions(model.img_neck, "img_neck", config, maps, grid)
+        model.img_neck = neck  # type: ignore[assignment]
     encoder = model.pts_bbox_head.transformer.encoder
     if "encoder" in config.parts and not hasattr(encoder, "bev_quantiser"):
         encoder.bev_quantiser = ActivationQuantiser(config.activation_bits)

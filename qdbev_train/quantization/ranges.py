@@ -60,7 +60,7 @@ class Histogram:
 
 
 def activation_scale(histogram: Histogram, high: int, method: str, percentile: float, limit: float) -> float:
-    """Step of one activation tensor; `limit` is a bound known beforehand (6 after ReLU6), infinity where there is none."""
+    """Step of one activation tensor; `limit` is a bound known beforehand (6 after ReLU6), or infinity."""
     if histogram.peak == 0.0:
         return 1.0 / high  # a tensor of zeros: any step will do
     if method == "mse":

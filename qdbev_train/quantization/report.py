@@ -24,7 +24,9 @@ def describe(model: nn.Module, config: QuantConfig) -> dict[str, Any]:
                 exceptions.append({"name": name, **bits, "reason": override.reason})
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             reason = override.reason if override is not None else "its part is not quantised"
-            exceptions.append({"name": name, "weight_bits": FLOAT, "activation_bits": FLOAT, "reason": reason})
+            exceptions.append(
+                {"name": name, "weight_bits": FLOAT, "activation_bits": FLOAT, "reason": reason}
+            )
     left = [{"name": n, "shape": list(p.shape)} for n, p in model.named_parameters() if n not in covered]
     return {
         "weight_bits": config.weight_bits,
