@@ -148,7 +148,7 @@ def test_the_visible_share_is_visible_pixels_over_pixels_if_alone(
 def test_all_ten_classes_appear_and_none_is_rare() -> None:
     counts = dict.fromkeys(CLASSES, 0)
     scenes = dict.fromkeys(CLASSES, 0)
-    for number in range(25):
+    for number in range(15):
         plan = plan_scene(f"scene-{number:04d}", 3, 20)
         for obj in plan.objects:
             counts[obj.cls] += 1
@@ -156,7 +156,7 @@ def test_all_ten_classes_appear_and_none_is_rare() -> None:
             scenes[cls] += 1
     total = sum(counts.values())
     assert {cls: count for cls, count in counts.items() if count < 0.02 * total} == {}
-    assert min(scenes.values()) > 8
+    assert min(scenes.values()) > 5
 
 
 def test_nothing_drives_through_anything() -> None:
@@ -190,11 +190,9 @@ def test_every_body_fills_its_box_and_its_front_differs_from_its_rear() -> None:
             assert np.abs(mesh.points.min(0) + 0.5).max() < 0.06, name
             assert np.abs(mesh.points.max(0) - 0.5).max() < 0.06, name
         if shape.cls not in ("barrier", "traffic_cone"):
-            looks = [
-                mesh.normals[:, 0] > 0.5,
-                mesh.normals[:, 0] < -0.5,
-            ]  # the facets seen from ahead, from behind
-            if shape.cls == "pedestrian":  # face and hair
-                looks = [look & (mesh.points[:, 2] > 0.38) for look in looks]
-            front, rear = (mesh.colours[look].mean(0) for look in looks)
-            assert np.abs(front - rear).max() > 5, name
+            front, rear = mesh.points[:, 0] > 0.44, mesh.points[:, 0] < -0.44
+            if shape.cls == "pedestrian":  # face ahead, hair behind
+                head = mesh.points[:, 2] > 0.38
+                front, rear = head & (mesh.points[:, 0] > 0.1), head & (mesh.points[:, 0] < -0.1)
+            difference = mesh.colours[front].mean(0) - mesh.colours[rear].mean(0)
+            assert np.abs(difference).max() > 20, name

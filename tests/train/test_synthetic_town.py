@@ -15,6 +15,9 @@ import pytest
 pytest.importorskip("vtkmodules", reason="the synthetic town is drawn with VTK")
 pytest.importorskip("nuscenes", reason="nuscenes-devkit is not installed")
 
+from nuscenes.eval.common.config import config_factory
+from nuscenes.eval.detection.evaluate import DetectionEval
+from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.nuscenes import NuScenes
 
 from qdbev_ros.core.errors import QdbevError
@@ -115,6 +118,34 @@ def test_map_mask_is_white_where_the_ego_car_drives(tables: NuScenes) -> None:
     mask = tables.get("map", log["map_token"])["mask"]
     for pose in tables.ego_pose[:FRAMES]:
         assert mask.is_on_mask(*pose["translation"][:2])
+
+
+def test_the_devkit_gives_the_annotations_themselves_full_marks(tables: NuScenes, tmp_path: Path) -> None:
+    results: dict[str, list[dict[str, object]]] = {s["token"]: [] for s in tables.sample}
+    for row in (r for r in tables.sample_annotation if r["num_lidar_pts"]):  # the devkit drops the others
+        name = category_to_detection_name(row["category_name"])
+        attributes = [tables.get("attribute", t)["name"] for t in row["attribute_tokens"]]
+        box = {
+            **{key: row[key] for key in ("sample_token", "translation", "size", "rotation")},
+            "velocity": np.nan_to_num(tables.box_velocity(row["token"])[:2]).tolist(),
+            "detection_name": name,
+            "detection_score": 0.5,
+            "attribute_name": attributes[0] if attributes else "",
+        }
+        results[row["sample_token"]].append(box)
+    meta = {f"use_{source}": source == "camera" for source in ("camera", "lidar", "radar", "map", "external")}
+    (tmp_path / "results.json").write_text(json.dumps({"meta": meta, "results": results}))
+    config = config_factory("detection_cvpr_2019")
+    scoring = DetectionEval(
+        tables, config, str(tmp_path / "results.json"), "mini_val", str(tmp_path), verbose=False
+    )
+    metrics, _ = scoring.evaluate()
+    present = {box.detection_name for box in scoring.gt_boxes.all}
+    assert len(present) > 5
+    for name in present:
+        assert metrics.get_label_ap(name, 0.5) > 0.98, name
+        assert metrics.get_label_tp(name, "trans_err") < 0.01, name
+        assert np.nan_to_num(metrics.get_label_tp(name, "attr_err")) < 0.01, name
 
 
 def test_the_same_seed_gives_the_same_bytes(town: Path, tmp_path: Path) -> None:
