@@ -7,6 +7,7 @@ Example: ros2 run qdbev_ros bag_player_node --ros-args -p bag:=demo/town.mcap
 from __future__ import annotations
 
 import importlib
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rosgraph_msgs.msg import Clock
+from vision_msgs.msg import Detection3DArray
 
 from qdbev_ros.core.errors import ConfigError, DataError
 from qdbev_ros.ros.bags import BagReader
@@ -26,6 +28,12 @@ from qdbev_ros.ros.process import run
 NODE_NAME = "qdbev_bag_player"
 CLOCK_PERIOD_S = 0.025
 SETTLE_S = 0.5  # after the last match, for the other side to know of it too
+LOOP_PAUSE_S = (
+    0.5  # between two passes, so that the end of one is worked off before the next one's transforms come
+)
+STAMP = struct.Struct(
+    "<4xiI"
+)  # CDR's own header, then std_msgs/Header.stamp, which comes first in both types read here
 
 
 class Player:
@@ -53,6 +61,11 @@ class Player:
         self._start_at: float | None = None
         self._end_at: float | None = None
         self._passes = 0
+        self._image_topics = set(preset.image_topics())
+        self._newest = (0, 0)  # stamp of the pictures played
+        self._settled = False
+        if self._parameters.answers:
+            self._listen(self._parameters.answers)
         self._timer = self.node.create_timer(0.01, self._tick)
         if self._clock is not None:
             self.node.create_timer(CLOCK_PERIOD_S, self._publish_clock)
@@ -97,13 +110,27 @@ class Player:
             topic, _, data = self._next
             if topic in self._publishers:
                 self._publishers[topic].publish(data)
+            if topic in self._image_topics:
+                self._newest = max(self._newest, STAMP.unpack_from(data))
             self._next = next(self._messages, None) if self._messages is not None else None
         if self._next is None:
             self._passes += 1
             self._messages = None
+            self._start_at = now + LOOP_PAUSE_S
             if not self._parameters.loop:
                 self.node.get_logger().info("end of the bag")
                 self._end_at = now + self._parameters.linger
+
+    def _listen(self, topic: str) -> None:
+        quality = QoSProfile(depth=100)
+        self.node.create_subscription(Detection3DArray, topic, self._on_answer, quality, raw=True)
+
+    def _on_answer(self, data: bytes) -> None:
+        """Each answer prolongs the stay, that to the newest pictures ends it."""
+        if self._end_at is None or self._settled:
+            return
+        self._settled = STAMP.unpack_from(data) >= self._newest
+        self._end_at = time.monotonic() + (SETTLE_S if self._settled else self._parameters.linger)
 
     def _ready(self, now: float) -> bool:
         """Whether the listeners are there, or were waited for long enough."""

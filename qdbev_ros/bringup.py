@@ -25,6 +25,7 @@ from qdbev_ros.ros.presets import TopicPreset, config_folder, load_preset
 
 PACKAGE = "qdbev_ros"
 DETECTOR = "qdbev_detector"
+LINGER_S = 5.0  # the player's patience with each set that is still worked on
 SHARED_MEMORY_MB = 256  # that camera images need; with less they go over UDP
 STOP_S = (12.0, 4.0)  # how long a process may take after SIGINT, then after SIGTERM, before SIGKILL
 
@@ -140,8 +141,8 @@ def _detector(values: dict[str, str], sim_time: dict[str, str | bool | int | flo
     if values["queue_size"]:
         parameters["queue_size"] = int(values["queue_size"])
     if values["bag"]:
-        # Our player offers reliable images, and a replay should lose none of them.
-        parameters["image_reliability"] = "reliable"
+        # A replay should answer every set, even on a slow machine; our player offers reliable images.
+        parameters |= {"image_reliability": "reliable", "tf_timeout": 2.0}
     file = values["params"] or str(config_folder() / "detector.yaml")
     return Process(DETECTOR, PACKAGE, "detector_node", parameters, (str(Path(file).absolute()),))
 
@@ -155,6 +156,8 @@ def _player(values: dict[str, str], preset: TopicPreset) -> Process:
         "loop": values["loop"] == "true",
         "clock": values["use_sim_time"] == "true",
         "wait_for": " ".join(wait_for),
+        "answers": f"/{DETECTOR}/detections",
+        "linger": LINGER_S,
     }
     return Process("qdbev_bag_player", PACKAGE, "bag_player_node", parameters)
 

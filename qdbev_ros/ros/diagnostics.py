@@ -56,7 +56,11 @@ def pipeline_status(
 ) -> DiagnosticStatus:
     """The whole. latencies: stage -> (p50, p99) in milliseconds."""
     level, text = Level.OK, "running"
-    problems = [f"{state.status(now)[1]}" for state in cameras.values() if state.status(now)[0] != Level.OK]
+    problems = [
+        text for state in cameras.values() for worst, text in [state.status(now)] if worst != Level.OK
+    ]
+    if len(problems) > 2:
+        problems = [problems[0], f"and {len(problems) - 1} more cameras"]
     if report.last_error is not None:
         level, text = Level.ERROR, report.last_error
     elif problems:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector's subscriptions: pictures, CameraInfo, transforms. They end in jobs, each with all one inference needs."""
+"""The detector's subscriptions: pictures, CameraInfo, transforms. Each job holds all that one inference needs."""
 
 from __future__ import annotations
 

@@ -72,8 +72,9 @@ class PlayerParameters:
         60.0, "seconds to wait for a subscription on every topic of wait_for", 0.0, 3600.0
     )
     wait_for: str = parameter("", "topics to wait for, blanks between; empty: the preset's images")
-    linger: float = parameter(
-        2.0, "seconds to stay after the last message, for those that still work on it", 0.0, 600.0
+    linger: float = parameter(2.0, "seconds to stay after the last message or the last answer", 0.0, 600.0)
+    answers: str = parameter(
+        "", "the detector's output topic: when it has answered the last set, linger no longer"
     )
 
 
