@@ -178,7 +178,7 @@ class Graph:
             if needed.intersection(node.output):
                 needed.update(node.input)
                 kept.append(node)
-                node.name = node.name or node.output[0]
+                node.name = node.name or f"{node.output[0]}/{node.op_type}"
                 node.doc_string = ""
         graph = self._model.graph
         constants = [t for name, t in sorted(self.initializers.items()) if name in needed]

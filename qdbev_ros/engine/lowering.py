@@ -99,7 +99,7 @@ def _resize_codes(graph: Graph, resize: onnx.NodeProto) -> None:
     moved = onnx.NodeProto()
     moved.CopyFrom(resize)
     moved.input[0], moved.output[0] = source.input[0], codes
-    behind = helper.make_node("DequantizeLinear", [codes, *source.input[1:]], [value], name=value)
+    behind = helper.make_node("DequantizeLinear", [codes, *source.input[1:]], [value])
     graph.replace(resize, [moved, behind])
 
 

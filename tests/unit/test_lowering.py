@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the packed master to what ONNX Runtime has int8 kernels for, without changing a number."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper, numpy_helper, printer
+
+from qdbev_ros.core.errors import EngineError, PackageError
+from qdbev_ros.engine.graph import Graph, pack_int4, unpack_int4
+from qdbev_ros.engine.lowering import fuse_linears, lower_u8, quantised_convolutions
+from qdbev_ros.engine.onnxruntime_runner import check_convolutions
+from tests.small_master import CELLS, CHANNELS, small_master
+
+GOLDEN = Path(__file__).with_name("golden_small_u8.txt")
+CODES = hnp.arrays(np.int8, hnp.array_shapes(max_dims=4, max_side=7, min_side=0), elements=st.integers(-8, 7))
+
+
+def plain_session(model: bytes) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def inputs(seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        "images": random.normal(size=(1, 6, 3, 8, 8)).astype(np.float32),
+        "prev_bev": random.normal(size=(1, CELLS, CHANNELS)).astype(np.float32),
+    }
+
+
+@given(CODES)
+def test_packing_four_bits_and_back_changes_nothing(codes: np.ndarray) -> None:
+    packed = pack_int4(codes)
+    assert len(packed.raw_data) == (codes.size + 1) // 2
+    np.testing.assert_array_equal(unpack_int4(packed), codes)
+
+
+@given(CODES)
+def test_packed_nibbles_are_what_onnx_itself_reads(codes: np.ndarray) -> None:
+    packed = pack_int4(codes)
+    np.testing.assert_array_equal(numpy_helper.to_array(packed).astype(np.int8), codes)
+
+
+def test_a_code_outside_four_bits_is_not_packed() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        pack_int4(np.array([8], np.int8))
+
+
+def test_a_packed_weight_of_the_wrong_length_is_refused() -> None:
+    packed = pack_int4(np.zeros(10, np.int8))
+    packed.raw_data = packed.raw_data[:-1]
+    with pytest.raises(PackageError, match="4 bytes for 10 codes"):
+        unpack_int4(packed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_lowered_graph_computes_what_the_master_computes(seed: int) -> None:
+    """Without the runtime's own fusions every number is the same, to float rounding of the products' sums."""
+    master = plain_session(small_master()).run(None, inputs(seed))
+    u8 = lower_u8(small_master())
+    onnx.checker.check_model(u8, full_check=True)
+    for lowered in (u8, fuse_linears(u8)):
+        for got, wanted in zip(
+            plain_session(lowered.SerializeToString()).run(None, inputs(seed)), master, strict=True
+        ):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_signed_codes_move_by_128_and_the_clip_stays_on_the_integers() -> None:
+    graph = Graph(lower_u8(small_master()))
+    bounds = set()
+    for quantise in graph.nodes("QuantizeLinear"):
+        zero = int(graph.constant(quantise.input[2]))
+        assert graph.constant(quantise.input[2]).dtype == np.uint8
+        (user,) = graph.users(quantise.output[0])
+        if user.op_type == "Clip":
+            bounds.add((zero, int(graph.constant(user.input[1])), int(graph.constant(user.input[2]))))
+        else:
+            assert zero == 128  # eight signed bits fill the container: nothing to clip
+    assert bounds == {(128, 96, 159), (0, 0, 63)}
+
+
+def test_a_rectifier_that_the_codes_repeat_is_dropped_and_any_other_is_kept() -> None:
+    assert all(n.input[0] != "first" for n in Graph(lower_u8(small_master())).nodes("Clip"))
+    model = onnx.load_from_string(small_master())
+    step = next(t for t in model.graph.initializer if t.name == "stem.s")
+    step.CopyFrom(numpy_helper.from_array(np.float32(0.2), "stem.s"))  # 63 steps of 0.2 reach beyond six
+    kept = Graph(lower_u8(model.SerializeToString()))
+    assert any(n.input[0] == "first" for n in kept.nodes("Clip"))
+
+
+def test_the_lowered_graph_is_the_golden_one() -> None:
+    """Reviewed by eye once; `QDBEV_WRITE_GOLDEN=1 pytest tests/unit/test_lowering.py` renews it after a wanted change."""
+    text = printer.to_text(fuse_linears(lower_u8(small_master()))) + "\n"
+    if os.environ.get("QDBEV_WRITE_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text()
+
+
+def test_lowering_is_deterministic() -> None:
+    twice = [fuse_linears(lower_u8(small_master())).SerializeToString(deterministic=True) for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
+def test_what_is_no_onnx_file_is_refused() -> None:
+    with pytest.raises(PackageError, match="no ONNX file"):
+        lower_u8(b"\xff\xff\xff not protobuf")
+
+
+def test_a_graph_that_points_to_other_files_is_refused() -> None:
+    model = onnx.load_from_string(small_master())
+    model.graph.initializer[0].data_location = TensorProto.EXTERNAL
+    with pytest.raises(PackageError, match="outside its own file"):
+        lower_u8(model.SerializeToString())
+
+
+def test_a_convolution_left_in_float_is_found_and_named() -> None:
+    lowered = lower_u8(small_master())
+    assert quantised_convolutions(lowered) == ["first", "second"]
+    optimised = onnx.ModelProto()
+    optimised.graph.node.extend(
+        [
+            helper.make_node("QLinearConv", ["a"] * 8, ["b"], name="first"),
+            helper.make_node("FusedConv", ["b", "w"], ["c"], name="second"),
+        ]
+    )
+    with pytest.raises(EngineError, match="1 of 2 quantised convolutions in float: second"):
+        check_convolutions(lowered, optimised)
