@@ -51,10 +51,15 @@ def make_node(process: Process) -> Node:
 
 
 def end_all(event: ProcessExited, context: LaunchContext):
-    """Where one process ends, all end. A second Shutdown while one is under way would make launch exit with 1."""
+    """Where one process ends, all end; where one fails, launch fails, for scripts to see it.
+
+    A second Shutdown while one is under way would make launch exit with 1.
+    """
     if context.is_shutdown:
         return []
-    return [EmitEvent(event=Shutdown(reason=f"{event.process_name} ended with {event.returncode}"))]
+    if event.returncode:
+        raise RuntimeError(f"{event.process_name} ended with exit code {event.returncode}, see its line above")
+    return [EmitEvent(event=Shutdown(reason=f"{event.process_name} is done"))]
 
 
 def generate_launch_description() -> LaunchDescription:

@@ -18,7 +18,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from rosgraph_msgs.msg import Clock
 from vision_msgs.msg import Detection3DArray
 
-from qdbev_ros.core.errors import ConfigError, DataError
+from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.messages import ns_to_stamp
 from qdbev_ros.ros.parameters import PlayerParameters, declare
@@ -63,7 +63,7 @@ class Player:
         self._passes = 0
         self._image_topics = set(preset.image_topics())
         self._newest = (0, 0)  # stamp of the pictures played
-        self._settled = False
+        self._answered = (0, 0)  # stamp of the newest answer
         if self._parameters.answers:
             self._listen(self._parameters.answers)
         self._timer = self.node.create_timer(0.01, self._tick)
@@ -119,7 +119,7 @@ class Player:
             self._start_at = now + LOOP_PAUSE_S
             if not self._parameters.loop:
                 self.node.get_logger().info("end of the bag")
-                self._end_at = now + self._parameters.linger
+                self._end_at = self._leave_at(now)
 
     def _listen(self, topic: str) -> None:
         quality = QoSProfile(depth=100)
@@ -127,10 +127,13 @@ class Player:
 
     def _on_answer(self, data: bytes) -> None:
         """Each answer prolongs the stay, that to the newest pictures ends it."""
-        if self._end_at is None or self._settled:
-            return
-        self._settled = STAMP.unpack_from(data) >= self._newest
-        self._end_at = time.monotonic() + (SETTLE_S if self._settled else self._parameters.linger)
+        self._answered = max(self._answered, STAMP.unpack_from(data))
+        if self._end_at is not None:
+            self._end_at = self._leave_at(time.monotonic())
+
+    def _leave_at(self, now: float) -> float:
+        done = bool(self._parameters.answers) and self._answered >= self._newest
+        return now + (SETTLE_S if done else self._parameters.linger)
 
     def _ready(self, now: float) -> bool:
         """Whether the listeners are there, or were waited for long enough."""
@@ -149,11 +152,8 @@ class Player:
         return now >= self._start_at
 
     def _rewind(self, now: float) -> None:
-        try:
-            self._messages = self._bag.raw()
-            self._next = next(self._messages, None)
-        except Exception as error:  # rosbags' own, and those of damaged chunks
-            raise DataError(f"bag {self._parameters.bag} cannot be read: {error}") from error
+        self._messages = self._bag.raw()
+        self._next = next(self._messages, None)
         self._origin = (self._next[1] if self._next else 0, now)
         self.node.get_logger().info(
             f"playing {self._parameters.bag}, {self._bag.duration_s:.1f} s at rate {self._parameters.rate:g}"

@@ -224,12 +224,14 @@ def run(bringup: Bringup) -> int:
         try:
             while not stop and all(process.poll() is None for process in running):
                 time.sleep(0.05)
-            # A failure is what ended things, not what the end did to the others.
-            failed = [process.returncode for process in running if process.poll() is not None]
+            ended = [process.returncode for process in running if process.poll() is not None]
         finally:
             _stop(running)
-    codes = [code for code in [*failed, *(process.returncode for process in running)] if code]
-    return (codes[0] if codes[0] > 0 else 128 - codes[0]) if codes else 0
+    # Ended by our own signals is no failure; killed because it would not end, or a complaint, is.
+    forced = [process.returncode for process in running]
+    forced = [code for code in forced if code not in (-signal.SIGINT, -signal.SIGTERM)]
+    code = next((code for code in [*ended, *forced] if code), 0)
+    return code if code >= 0 else 128 - code
 
 
 def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -75,9 +75,17 @@ class BagReader:
     def raw(self, topics: Sequence[str] = ()) -> Iterator[tuple[str, int, bytes]]:
         """(topic, log time in ns, CDR bytes) in order of time; all topics unless some are named."""
         chosen = [c for c in self._reader.connections if not topics or c.topic in topics]
-        if chosen:
-            for connection, stamp, data in self._reader.messages(chosen):
-                yield connection.topic, stamp, bytes(data)
+        messages = iter(self._reader.messages(chosen) if chosen else ())
+        while True:
+            try:
+                connection, stamp, data = next(messages)
+            except StopIteration:
+                return
+            except (
+                Exception
+            ) as error:  # rosbags' own, the decompressors', struct's: whatever damaged bytes lead to
+                raise DataError(f"bag {self.path} is damaged: {' '.join(str(error).split())}") from error
+            yield connection.topic, stamp, bytes(data)
 
     def messages(self, topics: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
         """(topic, log time in ns, message) as plain objects of `rosbags`, fields as in ROS, arrays as numpy."""

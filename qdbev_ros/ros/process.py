@@ -33,15 +33,36 @@ class ManagedNode(Protocol):
 def run(name: str, make: Callable[[], ManagedNode]) -> int:
     """Runs a node until it is finished or a SIGINT or SIGTERM; exit code 0, or 2 where the user must mend something."""
     stop = threading.Event()
+    started = threading.Event()
+
+    def end(*_: object) -> None:
+        stop.set()
+        if not started.is_set():  # nothing to finish yet: loading a model need not be waited for
+            raise KeyboardInterrupt
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
     try:
         _init()
         managed = make()
+        started.set()
+        try:
+            _spin(managed, stop)
+        finally:
+            managed.close()
+            managed.node.destroy_node()
     except QdbevError as error:
         print(f"{name}: error: {error}", file=sys.stderr, flush=True)
-        rclpy.try_shutdown()
         return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped while starting", file=sys.stderr, flush=True)
+    finally:
+        rclpy.try_shutdown()
+    return 0
+
+
+def _spin(managed: ManagedNode, stop: threading.Event) -> None:
+    """Until a stop or the node's own end; then for as long as something is under way, within its grace."""
     executor = SingleThreadedExecutor()
     executor.add_node(managed.node)
     try:
@@ -51,11 +72,7 @@ def run(name: str, make: Callable[[], ManagedNode]) -> int:
         while not managed.idle() and time.monotonic() < deadline:
             executor.spin_once(timeout_sec=0.05)
     finally:
-        managed.close()
         executor.shutdown()
-        managed.node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
 
 
 def _init() -> None:

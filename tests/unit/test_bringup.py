@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one description of the processes, the parameters' file, the presets and the view."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qdbev_ros import bringup
+from qdbev_ros.bringup import ARGUMENTS, command, describe, parse, recorded_topics
+from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.core.variant import CAMERAS
+from qdbev_ros.ros.parameters import DetectorParameters, PlayerParameters, RecorderParameters
+from qdbev_ros.ros.presets import config_folder, load_preset
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = {
+    "detector_node": DetectorParameters,
+    "bag_player_node": PlayerParameters,
+    "recorder_node": RecorderParameters,
+}
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> dict[str, str]:
+    """Arguments whose files exist."""
+    (tmp_path / "m.qdbev").touch()
+    (tmp_path / "b.mcap").touch()
+    return {"model": str(tmp_path / "m.qdbev"), "bag": str(tmp_path / "b.mcap")}
+
+
+def test_live_cameras_need_the_detector_alone(given: dict[str, str]) -> None:
+    processes = describe({"model": given["model"]}).processes
+    assert [p.executable for p in processes] == ["detector_node"]
+    assert "image_reliability" not in processes[0].parameters
+
+
+def test_a_bag_a_recording_and_rviz_are_processes_of_their_own(given: dict[str, str]) -> None:
+    processes = describe({**given, "record": "out/x.mcap", "rviz": "true", "loop": "true"}).processes
+    assert [p.executable for p in processes] == ["detector_node", "recorder_node", "bag_player_node", "rviz2"]
+    assert processes[2].parameters["loop"] is True
+
+
+def test_every_parameter_that_is_passed_is_declared_with_that_type(given: dict[str, str]) -> None:
+    arguments = {**given, "record": "x.mcap", "engine": "onnxruntime", "queue_size": "5", "rate": "2"}
+    for process in describe(arguments).processes:
+        declared = {f.name: type(f.default) for f in dataclasses.fields(KINDS[process.executable])}
+        declared["use_sim_time"] = bool
+        assert {name: type(value) for name, value in process.parameters.items()}.items() <= declared.items()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model": ""}, "model is missing"),
+        ({"model": "nowhere.qdbev"}, r"model: nowhere\.qdbev doesn't exist"),
+        ({"bag": "nowhere.mcap"}, r"bag: nowhere\.mcap doesn't exist"),
+        ({"params": "nowhere.yaml"}, r"params: nowhere\.yaml doesn't exist"),
+        ({"loop": "perhaps"}, "loop is 'perhaps'"),
+        ({"rate": "fast"}, "rate is 'fast'"),
+        ({"preset": "moon"}, "no preset 'moon'"),
+        ({"colour": "red"}, "no argument 'colour'"),
+    ],
+)
+def test_bad_arguments_are_named(given: dict[str, str], change: dict[str, str], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        describe({**given, **change})
+
+
+def test_words_are_name_and_value() -> None:
+    assert parse(["bag:=a:=b", "loop:=true"]) == {"bag": "a:=b", "loop": "true"}
+    with pytest.raises(ConfigError, match="'loop=true' is no argument"):
+        parse(["loop=true"])
+
+
+def test_a_profile_of_the_users_is_left_alone(given: dict[str, str]) -> None:
+    ours = describe(given, {}).environment
+    assert Path(ours["FASTRTPS_DEFAULT_PROFILES_FILE"]).is_file()
+    assert describe(given, {"FASTDDS_DEFAULT_PROFILES_FILE": "mine.xml"}).environment == {}
+
+
+def test_overrides_win_over_the_parameter_file(given: dict[str, str], tmp_path: Path) -> None:
+    """A section of the node's name beats a bare -p, so the overrides are such a section, and come last."""
+    line = command(describe({**given, "engine": "onnxruntime"}).processes[0], tmp_path)
+    files = [line[i + 1] for i, word in enumerate(line) if word == "--params-file"]
+    assert files[0] == str(config_folder() / "detector.yaml")
+    overrides = yaml.safe_load(Path(files[-1]).read_text())
+    assert overrides["qdbev_detector"]["ros__parameters"]["engine"] == "onnxruntime"
+    assert line[:3] == [sys.executable, "-m", "qdbev_ros.detector_node"]
+
+
+def test_the_recording_holds_all_results(given: dict[str, str]) -> None:
+    preset = load_preset("nuscenes")
+    without = recorded_topics(preset, images=False)
+    assert {"/qdbev_detector/detections", "/diagnostics", "/tf_static", "/annotations"} <= set(without)
+    assert not set(preset.image_topics()) & set(without)
+    assert set(preset.image_topics()) <= set(recorded_topics(preset, images=True))
+
+
+def test_the_parameter_file_holds_the_defaults() -> None:
+    """Of every parameter, but for those that come from the launch arguments alone."""
+    file = yaml.safe_load((config_folder() / "detector.yaml").read_text())
+    defaults = {f.name: f.default for f in dataclasses.fields(DetectorParameters)}
+    assert file["qdbev_detector"]["ros__parameters"] == {
+        name: value for name, value in defaults.items() if name not in ("model", "preset")
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_every_parameter_has_a_text_and_numbers_have_bounds(kind: type) -> None:
+    for item in dataclasses.fields(kind):
+        assert item.metadata["text"]
+        if type(item.default) in (int, float):
+            assert item.metadata["low"] <= item.default <= item.metadata["high"]
+
+
+def test_presets_name_all_six_cameras() -> None:
+    for name in yaml.safe_load((config_folder() / "presets.yaml").read_text()):
+        preset = load_preset(name)
+        topics = preset.image_topics() + preset.info_topics()
+        assert len(set(topics)) == 12
+    assert load_preset("nuscenes").image_topic("CAM_BACK") == "/CAM_BACK/image_rect_compressed"
+
+
+def test_the_rviz_view_shows_what_the_node_and_the_bag_publish() -> None:
+    view = yaml.safe_load((config_folder() / "qdbev.rviz").read_text())["Visualization Manager"]
+    assert view["Global Options"]["Fixed Frame"] == "map"
+    topics = {d["Topic"]["Value"] for d in view["Displays"] if "Topic" in d}
+    images = {f"/{camera}/image_rect/compressed" for camera in CAMERAS}
+    assert topics == {"/qdbev_detector/markers", "/annotations"} | images
+    rviz = bringup._rviz(load_preset("nuscenes"), {})
+    assert {old for old, _ in rviz.remappings} == images
+
+
+def test_the_launch_file_declares_nothing_of_its_own() -> None:
+    """Arguments and processes are described in bringup alone; the launch file only turns them into actions."""
+    tree = ast.parse((ROOT / "launch" / "detect.launch.py").read_text())
+    strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    assert not strings & ({a.name for a in ARGUMENTS} | set(KINDS))
