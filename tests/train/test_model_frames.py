@@ -9,7 +9,12 @@ from torch import Tensor
 
 from qdbev_ros.core.ego_motion import bev_shift, rotate_bev, rotation_sources
 from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.projection import visible_cells
+from qdbev_ros.core.variant import load_variant
 from qdbev_train.model import BEVFormer, ExtraQueries, Output
+from qdbev_train.model.attention import History
+from qdbev_train.model.bevformer import collate_tables
+from qdbev_train.model.encoder import cell_centres
 from qdbev_train.model.head import inverse_sigmoid
 from tests.model_samples import can_bus, rig, small_model
 
@@ -200,3 +205,49 @@ def test_a_wrong_shape_is_named(model: BEVFormer, name: str, shape: tuple[int, .
     inputs[name] = torch.zeros(shape)
     with pytest.raises(DataError, match=f"{name} has shape .*sample takes"):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_the_shift_moves_the_old_maps_references_only(model: BEVFormer) -> None:
+    seen: list[History] = []
+    first = model.pts_bbox_head.transformer.encoder.layers[0].attentions[0]
+    hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    bus = torch.stack([can_bus(0.0, 2.0), can_bus(0.0, 2.0)])
+    rigs = rig(model.variant).expand(2, -1, -1, -1)
+    model(images(2), rigs, bus, history(2), torch.tensor([True, False]))
+    hook.remove()
+    centres, moved = cell_centres(6, 5), torch.from_numpy(bev_shift(bus[0].numpy(), model.variant.bev))
+    assert moved.abs().max() > 0.02
+    torch.testing.assert_close(seen[0].references[0, 0], centres + moved)
+    for element, entry in ((0, 1), (1, 0), (1, 1)):
+        assert torch.equal(seen[0].references[element, entry], centres)
+
+
+def test_a_cells_position_is_its_column_then_its_row(model: BEVFormer) -> None:
+    encoding = model.pts_bbox_head.positional_encoding
+    position = encoding().reshape(6, 5, 16)
+    assert torch.equal(position[4, 3, :8], encoding.col_embed.weight[3])
+    assert torch.equal(position[4, 3, 8:], encoding.row_embed.weight[4])
+
+
+def test_collated_tables_say_the_same_as_each_elements_own() -> None:
+    variant = load_variant("nano")
+    few = rig(variant).numpy().copy()
+    few[1:] = 0.0
+    narrow = few.copy()
+    narrow[0, 0] *= 4.0  # a long lens sees fewer cells
+    elements = [visible_cells(m, variant.bev, variant.image) for m in (rig(variant).numpy(), few, narrow)]
+    assert len({e.cells.shape[1] for e in elements}) > 1
+    assert len({e.slots.shape[1] for e in elements}) > 1
+    tables = collate_tables(elements)
+    for b, element in enumerate(elements):
+        assert torch.equal(tables.mask[b], torch.from_numpy(element.mask))
+        rows = [*tables.cells[b].flatten().tolist(), 1600]
+        for cell in range(1600):
+            cameras = int(element.mask[:, cell].sum())
+            slots = tables.slots[b, cell].tolist()
+            # Each used slot leads back to the cell, in a camera that sees it; the rest lead behind the list.
+            assert [rows[slot] for slot in slots[:cameras]] == [cell] * cameras
+            assert all(element.mask[slot // tables.cells.shape[2], cell] for slot in slots[:cameras])
+            assert set(slots[cameras:]) <= {len(rows) - 1}
+        torch.testing.assert_close(tables.weights[b].sum(-1), torch.from_numpy(element.mask.any(0)).float())
