@@ -123,7 +123,7 @@ class Graph:
         if node is None or node.op_type not in _FOLDABLE:
             raise PackageError(f"tensor {name!r} is no constant")
         values = {i: self.constant(i) for i in node.input}
-        return np.asarray(list(ReferenceEvaluator(node).run(None, values))[0])
+        return np.asarray(next(iter(ReferenceEvaluator(node).run(None, values))))
 
     def add_initializer(self, tensor: TensorProto) -> str:
         """Adds a tensor under a name made from its content, once; returns the name."""

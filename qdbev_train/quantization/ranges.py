@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BINS = 4096
+BINS = 2048
 
 
 class Histogram:
@@ -53,7 +53,7 @@ class Histogram:
         centers = (np.arange(BINS) + 0.5) * self.width
         used = self.counts > 0
         centers, counts = centers[used], self.counts[used]
-        candidates = min(self.peak, limit) * np.linspace(0.1, 1.0, 91) / high
+        candidates = min(self.peak, limit) * np.linspace(0.1, 1.0, 61) / high
         steps = candidates[:, None]
         error = np.clip(np.rint(centers / steps), 0, high) * steps - centers
         return float(candidates[np.argmin((error**2 * counts).sum(1))])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,16 +37,20 @@ def frame(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_a_package_runs_with_and_without_history(package: Path) -> None:
     engine = load_package(package, threads=1)
     first = engine.infer(*frame(), None)
-    assert first.class_logits.shape == (QUERIES, 10) and first.boxes.shape == (QUERIES, 10)
+    assert first.class_logits.shape == (QUERIES, 10)
+    assert first.boxes.shape == (QUERIES, 10)
     assert first.bev.shape == (CELLS, CHANNELS)
     second = engine.infer(*frame(), first.bev)
-    assert np.isfinite(second.bev).all() and not np.array_equal(second.bev, first.bev)
+    assert np.isfinite(second.bev).all()
+    assert not np.array_equal(second.bev, first.bev)
 
 
 def test_the_engine_says_what_it_is(package: Path) -> None:
     engine = load_package(package, backend="onnxruntime", threads=1)
-    assert engine.variant == small_variant() and "small-test" in engine.name
-    assert "ONNX Runtime" in engine.description and "2 int8 convolutions" in engine.description
+    assert engine.variant == small_variant()
+    assert "small-test" in engine.name
+    assert "ONNX Runtime" in engine.description
+    assert "2 int8 convolutions" in engine.description
     assert len(engine.sha256) == 64
 
 
@@ -135,9 +140,8 @@ def test_a_convolution_that_cannot_run_in_int8_stops_the_engine(tmp_path: Path) 
 
 
 def test_no_torch_is_loaded_by_the_engine(package: Path) -> None:
-    import subprocess
-
-    code = "import sys; from qdbev_ros.engine import load_package; load_package(sys.argv[1]); print('torch' in sys.modules)"
+    load = "from qdbev_ros.engine import load_package; load_package(sys.argv[1])"
+    code = f"import sys; {load}; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(package)], capture_output=True, text=True, check=True
     )

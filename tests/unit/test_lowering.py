@@ -101,7 +101,7 @@ def test_a_rectifier_that_the_codes_repeat_is_dropped_and_any_other_is_kept() ->
 
 
 def test_the_lowered_graph_is_the_golden_one() -> None:
-    """Reviewed by eye once; `QDBEV_WRITE_GOLDEN=1 pytest tests/unit/test_lowering.py` renews it after a wanted change."""
+    """Reviewed by eye; `QDBEV_WRITE_GOLDEN=1 pytest tests/unit/test_lowering.py` renews it after a wanted change."""
     text = printer.to_text(fuse_linears(lower_u8(small_master()))) + "\n"
     if os.environ.get("QDBEV_WRITE_GOLDEN"):
         GOLDEN.write_text(text)

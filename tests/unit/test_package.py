@@ -52,7 +52,8 @@ def refusal(path: Path) -> str:
         read_package(path)
     assert time.monotonic() - start < 1.0
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message
+    assert str(path) in message
+    assert "\n" not in message
     return message
 
 
@@ -60,7 +61,8 @@ def test_a_package_gives_back_what_was_put_in(package: Path) -> None:
     read = read_package(package)
     assert read.variant == small_variant()
     assert read.model == MODEL_BYTES
-    assert read.training == {"steps": 7} and read.scores == {"nds": 0.25}
+    assert read.training == {"steps": 7}
+    assert read.scores == {"nds": 0.25}
 
 
 def test_equal_content_gives_equal_bytes_and_the_reported_hash(package: Path, tmp_path: Path) -> None:
@@ -130,7 +132,8 @@ def test_a_member_that_is_there_twice_is_refused(package: Path) -> None:
 )
 def test_another_format_version_is_refused_with_advice(package: Path, version: object, advice: str) -> None:
     message = refusal(with_manifest(package, format_version=version))
-    assert repr(version) in message and advice in message
+    assert repr(version) in message
+    assert advice in message
 
 
 def test_a_manifest_of_something_else_or_with_holes_is_refused(package: Path) -> None:

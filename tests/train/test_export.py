@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported and run by ONNX Runtime, the network computes what the fake-quantised model computes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.engine import load_package
+from qdbev_ros.engine.graph import unpack_int4
+from qdbev_ros.engine.lowering import fuse_linears, lower_u8
+from qdbev_train.checkpoint import save_model
+from qdbev_train.cli import main
+from qdbev_train.export.graph import INPUTS, export_master
+from qdbev_train.export.package import export_package
+from qdbev_train.model import BEVFormer
+from qdbev_train.quantization import QuantConfig, post_training_quantise, quantise_model
+from qdbev_train.quantization.calibrate import run_batch
+from qdbev_train.quantization.layers import QuantisedConv2d
+from tests.model_samples import can_bus, rig, small_model, small_variant
+from tests.train.test_quantization import frames
+from tests.unit.test_lowering import plain_session
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # the exporter warns about shapes that are constants on purpose
+
+
+@pytest.fixture(scope="module")
+def student() -> BEVFormer:
+    model = small_model()
+    return post_training_quantise(model, frames(model, 3), QuantConfig())
+
+
+@pytest.fixture(scope="module")
+def master(student: BEVFormer) -> bytes:
+    return export_master(student, small_variant())
+
+
+def tensors(model: BEVFormer, cameras: int) -> tuple[torch.Tensor, ...]:
+    matrices = rig(model.variant, turn_degrees=20.0)[None].clone()
+    matrices[:, cameras:] = 0.0
+    tables = model.camera_tables(matrices)
+    bus = can_bus(12.0, 3.0)[None]
+    transformer, bev = model.variant.transformer, model.variant.bev
+    generator = torch.Generator().manual_seed(cameras)
+    previous = torch.randn(1, bev.cells, transformer.channels, generator=generator)
+    turned, shift, use = model.align_history(bus, previous, None)
+    pictures = frames(model, cameras)[-1].images
+    return pictures, tables.points, tables.cells, tables.slots, tables.weights, bus, turned, shift, use
+
+
+def closeness(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Share of values that agree to float rounding; a code that falls the other way at a tie moves a few."""
+    return float(np.isclose(got, wanted, rtol=1e-3, atol=1e-3).mean())
+
+
+@pytest.mark.parametrize("cameras", [6, 2])
+@torch.no_grad()
+def test_every_form_computes_what_the_fake_quantised_model_computes(
+    student: BEVFormer, master: bytes, cameras: int
+) -> None:
+    """With two cameras the tables have other sizes than in the export."""
+    inputs = tensors(student, cameras)
+    out = student.forward_tensors(*inputs)
+    wanted = [out.class_logits[-1, 0].numpy(), out.boxes[-1, 0].numpy(), out.bev[0].numpy()]
+    u8 = lower_u8(master)
+    for form in (master, u8.SerializeToString(), fuse_linears(u8).SerializeToString()):
+        session = plain_session(form)
+        names = {i.name for i in session.get_inputs()}
+        feeds = {n: t.numpy() for n, t in zip(INPUTS, inputs, strict=True) if n in names}
+        for got, value in zip(session.run(None, feeds), wanted, strict=True):
+            assert closeness(got, value) > 0.97
+            assert np.abs(got - value).max() < 0.2 * value.std()
+
+
+def test_the_engine_agrees_with_the_model_over_a_drive(student: BEVFormer, tmp_path: Path) -> None:
+    """Geometry, memory and fused kernels included: three frames, each with its own history."""
+    path = tmp_path / "small.qdbev"
+    export_package(student, small_variant(), QuantConfig(), path, {}, {})
+    engine = load_package(path, threads=1)
+    convolutions = sum(isinstance(m, QuantisedConv2d) for m in student.modules())
+    assert f"{convolutions} int8 convolutions" in engine.description
+    ours, theirs = None, None
+    for batch in frames(student, 3):
+        with torch.no_grad():
+            out = run_batch(student, batch, theirs)
+        arrays = (batch.images[0].numpy(), batch.lidar2img[0].numpy(), batch.can_bus[0].numpy())
+        result = engine.infer(*arrays, ours)
+        ours, theirs = result.bev, out.bev
+        for got, wanted in (
+            (result.bev, out.bev[0]),
+            (result.boxes, out.boxes[-1, 0]),
+            (result.class_logits, out.class_logits[-1, 0]),
+        ):
+            error = np.sqrt(np.square(got - wanted.numpy()).mean())
+            assert error < 0.15 * float(wanted.std())
+
+
+def test_weights_are_packed_at_their_bits(student: BEVFormer, master: bytes) -> None:
+    graph = onnx.load_from_string(master).graph
+    kinds = Counter(t.data_type for t in graph.initializer)
+    assert kinds[TensorProto.INT4] > 50
+    convolution = student.img_backbone.get_submodule("features.1.conv.0.0")
+    codes = (convolution.weight / convolution.weight_scale[:, None, None, None]).round().clamp(-8, 7)
+    packed = [unpack_int4(t) for t in graph.initializer if t.data_type == TensorProto.INT4]
+    assert any(p.shape == codes.shape and np.array_equal(p, codes.detach().numpy()) for p in packed)
+    assert all(n.domain == "" for n in graph.node)
+
+
+def test_every_float_weight_that_is_left_is_named(student: BEVFormer, master: bytes) -> None:
+    """Nothing large stays in float by accident: what is left are embeddings and the named exceptions."""
+    graph = onnx.load_from_string(master).graph
+    floats = sum(int(np.prod(t.dims)) for t in graph.initializer if t.data_type == TensorProto.FLOAT)
+    from qdbev_train.quantization.report import describe
+
+    report = describe(student, QuantConfig())
+    named = sum(int(np.prod(p["shape"])) for p in report["float_parameters"])
+    scales = sum(layer["shape"][0] for layer in report["layers"])
+    assert floats <= named + 2 * scales + 1000
+
+
+def test_two_exports_are_the_same_bytes(student: BEVFormer, master: bytes, tmp_path: Path) -> None:
+    assert export_master(student, small_variant()) == master
+    digests = {
+        export_package(student, small_variant(), QuantConfig(), tmp_path / name, {"a": 1}, {})
+        for name in "ab"
+    }
+    assert len(digests) == 1
+
+
+def test_a_model_that_was_never_calibrated_is_refused() -> None:
+    model = quantise_model(small_model(), QuantConfig())
+    with pytest.raises(ConfigError, match="calibrated"):
+        export_master(model, small_variant())
+
+
+def test_export_and_inspect_as_commands(
+    student: BEVFormer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint, package, scores = (tmp_path / n for n in ("model.safetensors", "small.qdbev", "score.json"))
+    save_model(checkpoint, student, small_variant(), {"steps": 12}, QuantConfig().to_dict())
+    scores.write_text(json.dumps({"nds": 0.31}))
+    assert main(["export", str(checkpoint), str(package), "--scores", str(scores)]) == 0
+    assert main(["inspect", str(package), "--json", str(tmp_path / "inspect.json")]) == 0
+    text = capsys.readouterr().out
+    for expected in ("W4A6", "img_backbone.features.0.0", "first convolution", '"nds": 0.31', '"steps": 12'):
+        assert expected in text
+    summary = json.loads((tmp_path / "inspect.json").read_text())
+    assert summary["bytes"] == package.stat().st_size
+    assert summary["variant"]["name"] == "sample"
+
+
+def test_bad_input_of_the_commands_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments in (
+        ["inspect", str(tmp_path / "no.qdbev")],
+        ["export", str(tmp_path / "no.safetensors"), str(tmp_path / "out.qdbev")],
+        ["export", "x", "y", "--scores", str(tmp_path / "no.json")],
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("qdbev: error: ")
+        assert error.count("\n") == 1
