@@ -42,6 +42,7 @@ def make_node(process: Process) -> Node:
         package=process.package,
         executable=process.executable,
         name=process.name,
+        namespace="",  # or the parameters are for `/**`, and a section of the node's name in a file beats those
         parameters=[*process.parameter_files, process.parameters],
         arguments=list(process.arguments),
         remappings=list(process.remappings),
@@ -58,17 +59,20 @@ def end_all(event: ProcessExited, context: LaunchContext):
     if context.is_shutdown:
         return []
     if event.returncode:
-        raise RuntimeError(f"{event.process_name} ended with exit code {event.returncode}, see its line above")
+        raise RuntimeError(
+            f"{event.process_name} ended with exit code {event.returncode}, see its line above"
+        )
     return [EmitEvent(event=Shutdown(reason=f"{event.process_name} is done"))]
 
 
 def generate_launch_description() -> LaunchDescription:
     declared = []
     for argument in ARGUMENTS:
-        choices = list(argument.choices) or None
+        # Without `choices`: launch would take "true" and refuse "True".
+        legal = f" ({' or '.join(argument.choices)})" if argument.choices else ""
         declared.append(
             DeclareLaunchArgument(
-                argument.name, default_value=argument.default, description=argument.text, choices=choices
+                argument.name, default_value=argument.default, description=argument.text + legal
             )
         )
     return LaunchDescription([*declared, OpaqueFunction(function=start)])

@@ -87,10 +87,11 @@ def describe(given: Mapping[str, str], environment: Mapping[str, str] | None = N
     processes = [_detector(values, sim_time)]
     if values["record"]:
         topics = " ".join(recorded_topics(preset, images=values["record_images"] == "true"))
-        output = str(Path(values["record"]).absolute())
         # The recorder keeps to the wall clock: on a looped bag the bag's own time would go back in the file.
         processes.append(
-            Process("qdbev_recorder", PACKAGE, "recorder_node", {"output": output, "topics": topics})
+            Process(
+                "qdbev_recorder", PACKAGE, "recorder_node", {"output": values["record"], "topics": topics}
+            )
         )
     if values["bag"]:
         processes.append(_player(values, preset))
@@ -119,6 +120,9 @@ def _checked(given: Mapping[str, str]) -> dict[str, str]:
     values |= {name: value.lower() for name, value in values.items() if known[name].choices}
     if not values["model"]:
         raise ConfigError("argument model is missing: give a package, e.g. model:=demo/nano.qdbev")
+    for name in ("model", "bag", "params", "record"):
+        if values[name]:  # no shell replaces the tilde of model:=~/nano.qdbev
+            values[name] = str(Path(values[name]).expanduser().absolute())
     for name in ("model", "bag", "params"):
         if values[name] and not Path(values[name]).exists():
             raise ConfigError(f"argument {name}: {values[name]} doesn't exist")
@@ -132,7 +136,7 @@ def _checked(given: Mapping[str, str]) -> dict[str, str]:
 
 def _detector(values: dict[str, str], sim_time: dict[str, str | bool | int | float]) -> Process:
     parameters: dict[str, str | bool | int | float] = {
-        "model": str(Path(values["model"]).absolute()),
+        "model": values["model"],
         "preset": values["preset"],
         **sim_time,
     }
@@ -144,13 +148,13 @@ def _detector(values: dict[str, str], sim_time: dict[str, str | bool | int | flo
         # A replay should answer every set, even on a slow machine; our player offers reliable images.
         parameters |= {"image_reliability": "reliable", "tf_timeout": 2.0}
     file = values["params"] or str(config_folder() / "detector.yaml")
-    return Process(DETECTOR, PACKAGE, "detector_node", parameters, (str(Path(file).absolute()),))
+    return Process(DETECTOR, PACKAGE, "detector_node", parameters, (file,))
 
 
 def _player(values: dict[str, str], preset: TopicPreset) -> Process:
     wait_for = preset.image_topics() + ([preset.annotations] if values["record"] else [])
     parameters: dict[str, str | bool | int | float] = {
-        "bag": str(Path(values["bag"]).absolute()),
+        "bag": values["bag"],
         "preset": preset.name,
         "rate": float(values["rate"]),
         "loop": values["loop"] == "true",
@@ -195,9 +199,10 @@ def command(process: Process, folder: Path) -> list[str]:
         start = [program, *process.arguments]
     else:
         start = [sys.executable, "-m", f"{PACKAGE}.{process.executable}", *process.arguments]
-    # Under the node's own name: a parameter file's section of that name would win over a bare -p.
+    # Under the node's own name: a parameter file's section of that name would win over a bare -p. With the slash it
+    # is a section of its own that comes last, wherever the files have theirs.
     overrides = folder / f"{process.name}.yaml"
-    overrides.write_text(yaml.safe_dump({process.name: {"ros__parameters": process.parameters}}))
+    overrides.write_text(yaml.safe_dump({f"/{process.name}": {"ros__parameters": process.parameters}}))
     files = [item for path in (*process.parameter_files, str(overrides)) for item in ("--params-file", path)]
     names = (("__node", process.name), *process.remappings)
     remaps = [item for old, new in names for item in ("-r", f"{old}:={new}")]

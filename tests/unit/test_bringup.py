@@ -58,9 +58,9 @@ def test_every_parameter_that_is_passed_is_declared_with_that_type(given: dict[s
     ("change", "text"),
     [
         ({"model": ""}, "model is missing"),
-        ({"model": "nowhere.qdbev"}, r"model: nowhere\.qdbev doesn't exist"),
-        ({"bag": "nowhere.mcap"}, r"bag: nowhere\.mcap doesn't exist"),
-        ({"params": "nowhere.yaml"}, r"params: nowhere\.yaml doesn't exist"),
+        ({"model": "nowhere.qdbev"}, r"model: /.*/nowhere\.qdbev doesn't exist"),
+        ({"bag": "nowhere.mcap"}, r"bag: /.*/nowhere\.mcap doesn't exist"),
+        ({"params": "nowhere.yaml"}, r"params: /.*/nowhere\.yaml doesn't exist"),
         ({"loop": "perhaps"}, "loop is 'perhaps'"),
         ({"rate": "fast"}, "rate is 'fast'"),
         ({"preset": "moon"}, "no preset 'moon'"),
@@ -70,6 +70,15 @@ def test_every_parameter_that_is_passed_is_declared_with_that_type(given: dict[s
 def test_bad_arguments_are_named(given: dict[str, str], change: dict[str, str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         describe({**given, **change})
+
+
+def test_the_home_folder_may_be_a_tilde(
+    given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    processes = describe({"model": "~/m.qdbev", "bag": "~/b.mcap", "record": "~/out.mcap"}).processes
+    paths = [p.parameters[name] for p, name in zip(processes, ("model", "output", "bag"))]
+    assert paths == [str(tmp_path / name) for name in ("m.qdbev", "out.mcap", "b.mcap")]
 
 
 def test_words_are_name_and_value() -> None:
@@ -85,12 +94,15 @@ def test_a_profile_of_the_users_is_left_alone(given: dict[str, str]) -> None:
 
 
 def test_overrides_win_over_the_parameter_file(given: dict[str, str], tmp_path: Path) -> None:
-    """A section of the node's name beats a bare -p, so the overrides are such a section, and come last."""
+    """A section of the node's name beats a bare -p, so the overrides are such a section, and come last.
+
+    With the slash: "qdbev_detector" would be merged into a file's section of that name, which others may follow.
+    """
     line = command(describe({**given, "engine": "onnxruntime"}).processes[0], tmp_path)
     files = [line[i + 1] for i, word in enumerate(line) if word == "--params-file"]
     assert files[0] == str(config_folder() / "detector.yaml")
     overrides = yaml.safe_load(Path(files[-1]).read_text())
-    assert overrides["qdbev_detector"]["ros__parameters"]["engine"] == "onnxruntime"
+    assert overrides["/qdbev_detector"]["ros__parameters"]["engine"] == "onnxruntime"
     assert line[:3] == [sys.executable, "-m", "qdbev_ros.detector_node"]
 
 
