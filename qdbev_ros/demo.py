@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from qdbev_ros.core.synchroniser import FrameSet
 from qdbev_ros.core.variant import CLASSES
 from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.diagnostics import PIPELINE
+from qdbev_ros.ros.domain import free_domain
 from qdbev_ros.ros.presets import TopicPreset, load_preset
 from qdbev_ros.ros.recording import (
     empty_boxes,
@@ -113,7 +113,7 @@ def _play(bag: Path, model: Path, recording: Path, rate: float, limit_s: float) 
     ]
     environment = dict(os.environ)
     # A graph of its own: neither does a running vehicle get these images, nor this detector the vehicle's.
-    environment.setdefault("ROS_DOMAIN_ID", str(random.randint(1, 100)))
+    environment.setdefault("ROS_DOMAIN_ID", str(free_domain()))
     launcher = _ros2_launch(environment)
     command = launcher or [sys.executable, "-m", "qdbev_ros.bringup"]
     process = subprocess.Popen([*command, *arguments], env=environment)

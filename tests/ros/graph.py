@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
@@ -14,9 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qdbev_ros.ros.domain import free_domain
 from qdbev_ros.ros.presets import config_folder
-
-_numbers = itertools.count()
 
 
 class Running:
@@ -30,7 +28,7 @@ class Running:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait(self, seconds: float = 60.0) -> int:
+    def wait(self, seconds: float = 120.0) -> int:
         """Exit code; fails with the output where the process does not end in time."""
         try:
             return self.process.wait(seconds)
@@ -40,9 +38,9 @@ class Running:
     def stop(self, number: int = signal.SIGINT) -> int:
         """Sends a signal and waits for the exit code."""
         self.process.send_signal(number)
-        return self.wait(20)
+        return self.wait(40)
 
-    def wait_for(self, text: str, seconds: float = 40.0) -> None:
+    def wait_for(self, text: str, seconds: float = 90.0) -> None:
         """Waits until the process printed `text`."""
         until(
             lambda: text in self.output,
@@ -56,7 +54,7 @@ class Graph:
     """Starts modules of this project in a ROS domain of their own; ends them all on exit."""
 
     def __init__(self, folder: Path) -> None:
-        self.domain = 2 + (os.getpid() * 7 + next(_numbers)) % 98
+        self.domain = free_domain()
         self._folder = folder
         self._running: list[Running] = []
         profile = str(config_folder() / "fastdds_shm.xml")

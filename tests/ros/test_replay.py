@@ -34,7 +34,7 @@ def recording(package: Path, short_bag: Path, tmp_path_factory: pytest.TempPathF
     arguments = (f"model:={package}", f"bag:={short_bag}", f"record:={out}", f"params:={params}")
     with Graph(folder) as graph:
         run = graph.start("qdbev_ros.bringup", *arguments)
-        assert run.wait(90) == 0, run.output
+        assert run.wait() == 0, run.output
     return out
 
 
