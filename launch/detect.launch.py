@@ -4,6 +4,7 @@
 Example: ros2 launch qdbev_ros detect.launch.py model:=demo/nano.qdbev bag:=demo/town.mcap rviz:=true
 """
 
+from ament_index_python.packages import PackageNotFoundError
 from launch.actions import (
     DeclareLaunchArgument,
     EmitEvent,
@@ -15,18 +16,21 @@ from launch.actions import (
 from launch.event_handlers import OnProcessExit
 from launch.events import Shutdown
 from launch.events.process import ProcessExited
-from launch.substitutions import LaunchConfiguration
+from launch.substitutions import LaunchConfiguration, SubstitutionFailure
 from launch_ros.actions import Node
+from launch_ros.substitutions import ExecutableInPackage
 
 from launch import LaunchContext, LaunchDescription
-from qdbev_ros.bringup import ARGUMENTS, Process, describe
-from qdbev_ros.core.errors import QdbevError
+from qdbev_ros.bringup import ARGUMENTS, PACKAGE, Process, describe
+from qdbev_ros.core.errors import ConfigError, QdbevError
 
 
 def start(context: LaunchContext):
     given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in ARGUMENTS}
     try:
         bringup = describe(given)
+        for process in bringup.processes:
+            require(process, context)
     except QdbevError as error:
         raise RuntimeError(str(error)) from None  # ros2 launch prints the text and exits with 1
     actions = [LogInfo(msg=f"warning: {warning}") for warning in bringup.warnings]
@@ -35,6 +39,16 @@ def start(context: LaunchContext):
         node = make_node(process)
         actions += [RegisterEventHandler(OnProcessExit(target_action=node, on_exit=end_all)), node]
     return actions
+
+
+def require(process: Process, context: LaunchContext) -> None:
+    """Raises ConfigError where a program is missing: launch would fail halfway and leave running what it started."""
+    try:
+        ExecutableInPackage(process.executable, process.package).perform(context)
+    except (PackageNotFoundError, SubstitutionFailure) as error:
+        ours = process.package == PACKAGE
+        advice = "build the package and source its workspace" if ours else "leave rviz:=true out"
+        raise ConfigError(f"{process.executable} is not installed: {advice}") from error
 
 
 def make_node(process: Process) -> Node:
