@@ -208,11 +208,16 @@ def _draw(
     path: Path, bag: BagReader, preset: TopicPreset, sets: list[FrameSet[None]], tree: TransformTree,
     answers: dict[int, Boxes], truth: dict[int, Boxes], status: dict[str, str],
 ) -> None:  # fmt: skip
-    """The overview picture of the fullest moment: the answered set with the most annotated objects."""
+    """The overview picture of the moment at which the most objects are found; of the fullest one where none is."""
     answered = [frame for frame in sets if frame.stamp_ns in answers]
     if not answered:
         raise DemoFailure("not one set was answered: see the messages above")
-    frame = max(answered, key=lambda f: len(_truth_at(truth, f.stamp_ns)))
+
+    def found(frame: FrameSet[None]) -> tuple[int, int]:
+        real = _truth_at(truth, frame.stamp_ns)
+        return int((match_boxes(_shown(answers[frame.stamp_ns]), real) >= 0).sum()), len(real)
+
+    frame = max(answered, key=found)
     views = read_views(bag, preset, frame, tree, FRAMES)
     title = f"{status.get('package', 'QD-BEV')} on {status.get('engine', 'unknown engine')}"
     footer = (

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launch file under the real `ros2 launch`, where that is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from qdbev_ros.bringup import ARGUMENTS
+from qdbev_ros.ros.bags import BagReader
+from qdbev_ros.ros.recording import read_detections
+from tests.ros.drive import PERIOD_NS, START_NS
+from tests.ros.graph import Graph, Running
+
+LAUNCH_FILE = Path(__file__).resolve().parents[2] / "launch" / "detect.launch.py"
+pytestmark = pytest.mark.skipif(shutil.which("ros2") is None, reason="ros2 launch is not installed")
+
+
+def launch(graph: Graph, *arguments: str) -> Running:
+    return graph.command("ros2", "launch", str(LAUNCH_FILE), *arguments)
+
+
+def test_every_argument_is_shown_with_its_text(graph: Graph) -> None:
+    shown = graph.command("ros2", "launch", "--show-args", str(LAUNCH_FILE))
+    assert shown.wait() == 0
+    for argument in ARGUMENTS:
+        assert f"'{argument.name}':" in shown.output
+        assert argument.text in shown.output
+
+
+def test_a_bag_is_answered_and_everything_ends_by_itself(
+    graph: Graph, package: Path, short_bag: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.mcap"
+    run = launch(graph, f"model:={package}", f"bag:={short_bag}", f"record:={out}", "queue_size:=10")
+    assert run.wait() == 0, run.output
+    with BagReader(out) as recording:
+        expected = [START_NS + i * PERIOD_NS for i in range(4)]
+        assert sorted(read_detections(recording, "qdbev_detector")) == expected
+
+
+def test_ctrl_c_ends_everything_cleanly(graph: Graph, package: Path, short_bag: Path) -> None:
+    run = launch(graph, f"model:={package}", f"bag:={short_bag}", "loop:=true")
+    run.wait_for("pass 2")
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait() == 0, run.output
+    assert "Traceback" not in run.output
+
+
+def test_bad_arguments_and_failing_processes_fail_the_launch(
+    graph: Graph, package: Path, tmp_path: Path
+) -> None:
+    missing = launch(graph, f"model:={package}", "bag:=nowhere.mcap")
+    assert missing.wait() == 1
+    assert "nowhere.mcap doesn't exist" in missing.output
+    (tmp_path / "text.mcap").write_text("no bag at all")
+    failing = launch(graph, f"model:={package}", f"bag:={tmp_path / 'text.mcap'}")
+    assert failing.wait() == 1
+    assert "text.mcap cannot be read" in failing.output

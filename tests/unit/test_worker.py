@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inference thread's queue, and log lines that do not bury each other."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from qdbev_ros.ros.throttle import Throttled
+from qdbev_ros.ros.worker import Worker
+
+
+def wait_until_idle(worker: Worker[int]) -> None:
+    deadline = time.monotonic() + 10
+    while not worker.idle():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_when_it_falls_behind_the_newest_job_wins() -> None:
+    gate, started, done = threading.Event(), threading.Event(), []
+
+    def work(job: int) -> None:
+        started.set()
+        gate.wait(10)
+        done.append(job)
+
+    worker = Worker(work, queue_size=1)
+    worker.submit(0)
+    assert started.wait(10)
+    for job in (1, 2, 3):
+        worker.submit(job)
+    assert not worker.idle()
+    gate.set()
+    wait_until_idle(worker)
+    worker.close()
+    assert done == [0, 3]
+    assert worker.dropped == 2
+
+
+def test_a_longer_queue_keeps_every_job_in_order() -> None:
+    done: list[int] = []
+    worker = Worker(done.append, queue_size=100)
+    for job in range(50):
+        worker.submit(job)
+    wait_until_idle(worker)
+    worker.close()
+    assert done == list(range(50))
+    assert worker.dropped == 0
+
+
+def test_closing_waits_for_the_running_job_and_forgets_the_rest() -> None:
+    started, done = threading.Event(), []
+
+    def work(job: int) -> None:
+        started.set()
+        time.sleep(0.05)
+        done.append(job)
+
+    worker = Worker(work, queue_size=5)
+    for job in range(3):
+        worker.submit(job)
+    assert started.wait(10)
+    worker.close()
+    assert done == [0]
+
+
+def test_one_line_per_cause_and_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    lines: list[str] = []
+    log = Throttled(lines.append, interval_s=5.0)
+    for _ in range(3):
+        log("tf", "no transform")
+    log("picture", "no JPEG")
+    now += 6
+    log("tf", "no transform")
+    assert lines == ["no transform", "no JPEG", "no transform (2 more of this kind before)"]
