@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post-training quantisation: scales from temporally ordered frames, and biases that undo the mean error.
+"""Post-training quantisation: scales from temporally ordered frames, codes and biases from what layers put out.
 
-`quantise_model` puts the grid into a model, `calibrate` finds its scales, `correct_biases` repairs means;
-`post_training_quantise` does the three in a row. The result trains on as any model (straight-through gradients).
+`quantise_model` puts the grid into a model, `calibrate` finds its scales, `choose_codes` rounds weights with an eye on
+the output, `correct_biases` repairs means; `post_training_quantise` does all of them in a row. The result trains on as
+any model (straight-through gradients).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qdbev_train.quantization.config import QuantConfig
 from qdbev_train.quantization.layers import ActivationQuantiser, QuantisedConv2d, QuantisedLayer
 from qdbev_train.quantization.model import bev_quantisers, quantise_model
 from qdbev_train.quantization.ranges import Histogram, activation_scale, weight_scales
+from qdbev_train.quantization.rounding import MomentHooks, round_weights
 
 if TYPE_CHECKING:
     from qdbev_train.data.dataset import Batch
@@ -39,6 +41,8 @@ def post_training_quantise(model: BEVFormer, frames: Iterable[Batch], config: Qu
     batches = list(frames)
     model = quantise_model(model, config).eval()
     histories = calibrate(model, batches, config)
+    if config.weight_rounding == "output":
+        choose_codes(model, batches, histories)
     if config.bias_correction:
         correct_biases(model, batches, histories)
     return model
@@ -102,6 +106,16 @@ def set_weight_scale(layer: QuantisedLayer, method: str) -> None:
     scale = weight_scales(layer.weight, layer.bits, method)
     finest = layer.bias.detach().abs() / (layer.input_quantiser.scale * BIAS_STEPS)
     layer.weight_scale.copy_(torch.maximum(scale, finest))
+
+
+@torch.no_grad()
+def choose_codes(model: nn.Module, batches: Sequence[Batch], histories: Sequence[Tensor | None]) -> None:
+    """Rounds all weights for the least error at each layer's output; they lie on the grid afterwards."""
+    batch, history = _joined(batches, histories)
+    with in_float(model), MomentHooks(model) as hooks:
+        run_batch(model, batch, history)
+    for layer, moments in hooks.moments.items():
+        round_weights(layer, moments)
 
 
 @torch.no_grad()

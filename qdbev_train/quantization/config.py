@@ -49,7 +49,8 @@ EXCEPTIONS = (
 class QuantConfig:
     """Bits and range methods. `parts` are quantised, the others stay float; the first matching override wins.
 
-    weight_range: "minmax" (the paper's) or "mse" · activation_range: "minmax", "percentile" or "mse" ·
+    weight_range: "minmax" (the paper's) or "mse" · weight_rounding: "nearest", or "output" for the codes with the least
+    error at the layer's output (in post-training quantisation) · activation_range: "minmax", "percentile" or "mse" ·
     bias_correction: shift biases so that the mean output of every channel is that of the float model
     """
 
@@ -58,6 +59,7 @@ class QuantConfig:
     activation_bits: int = 6
     overrides: tuple[Override, ...] = EXCEPTIONS
     weight_range: str = "mse"
+    weight_rounding: str = "output"
     activation_range: str = "mse"
     percentile: float = 99.99
     bias_correction: bool = True
@@ -70,6 +72,10 @@ class QuantConfig:
             raise ConfigError("quantisation: weight_bits and activation_bits must be 2 to 8")
         if self.weight_range not in ("minmax", "mse"):
             raise ConfigError(f"quantisation: weight_range {self.weight_range!r}; use 'minmax' or 'mse'")
+        if self.weight_rounding not in ("nearest", "output"):
+            raise ConfigError(
+                f"quantisation: weight_rounding {self.weight_rounding!r}; use 'nearest' or 'output'"
+            )
         if self.activation_range not in ("minmax", "percentile", "mse"):
             raise ConfigError(
                 f"quantisation: activation_range {self.activation_range!r}; use 'minmax', 'percentile' or 'mse'"

@@ -104,6 +104,7 @@ class QuantisedConv2d(QuantisedLayer):
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, bits: int) -> None:
         super().__init__(weight, bias, bits)
+        assert isinstance(conv.padding, tuple)  # not given by name
         self.stride, self.padding, self.dilation, self.groups = (
             conv.stride,
             conv.padding,

@@ -34,6 +34,7 @@ from qdbev_train.quantization.layers import (
 )
 from qdbev_train.quantization.ranges import Histogram, weight_scales
 from qdbev_train.quantization.report import describe
+from qdbev_train.quantization.rounding import MomentHooks, round_weights
 from tests.model_samples import can_bus, rig, small_model
 
 
@@ -246,6 +247,35 @@ def test_bias_correction_brings_channel_means_back() -> None:
             got = [run_batch(quantised, b, None).image_features[0].mean((0, 1, 3, 4)) for b in batches]
         errors.append(float((torch.stack(got) - torch.stack(wanted)).mean(0).abs().mean()))
     assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_codes_chosen_for_the_output_lose_less_there_and_stay_in_range(groups: int) -> None:
+    """Inputs that are alike from pixel to pixel, as pictures are: errors of neighbouring weights can cancel."""
+    generator = torch.Generator().manual_seed(2)
+    convolution = nn.Conv2d(16, 16, 3, padding=1, groups=groups)
+    layer = QuantisedConv2d(convolution, convolution.weight, convolution.bias, 4)
+    source = ActivationQuantiser(6, non_negative=True)
+    source.scale.fill_(0.1)
+    layer.reads_from(source)
+    layer.weight_scale.copy_(weight_scales(layer.weight, 4, "mse"))
+    coarse = torch.randn(8, 16, 6, 10, generator=generator).relu()
+    pictures = nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
+
+    def loss() -> float:
+        error = layer(pictures) - convolution(pictures)
+        return float((error - error.mean((0, 2, 3), keepdim=True)).square().mean())
+
+    with torch.no_grad():
+        before = loss()
+        with MomentHooks(layer) as hooks:
+            layer(pictures)
+        round_weights(layer, hooks.moments[layer])
+        assert loss() < 0.6 * before
+        codes = layer.weight / layer.weight_scale[:, None, None, None]
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+        assert codes.round().min() >= -8
+        assert codes.round().max() <= 7
 
 
 def test_searched_weight_steps_lose_less_than_the_symmetric_range() -> None:
