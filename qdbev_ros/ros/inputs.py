@@ -28,7 +28,7 @@ from qdbev_ros.ros.parameters import DetectorParameters
 from qdbev_ros.ros.presets import TopicPreset
 from qdbev_ros.ros.throttle import Throttled
 
-MAX_PENDING = 20  # sets that wait for transforms
+MAX_PENDING = 20  # sets that wait for transforms or calibrations
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Inputs:
 
     @property
     def pending(self) -> int:
-        """Complete sets that wait for transforms."""
+        """Complete sets that wait for transforms or calibrations."""
         return len(self._pending)
 
     def _subscribe(self, node: Node, preset: TopicPreset) -> None:
@@ -99,6 +99,7 @@ class Inputs:
         except ValueError as error:
             state.intrinsics, state.info_error = None, str(error)
             self._warn(f"info {camera}", f"CameraInfo on {state.info_topic} cannot be used: {error}")
+        self._pump()
 
     def _on_image(self, camera: str, message: Any) -> None:
         self.cameras[camera].image_arrived(time.monotonic())
@@ -161,17 +162,21 @@ class Inputs:
         self._pump()
 
     def _pump(self) -> None:
-        """Turns waiting sets into jobs, oldest first, as far as their transforms are there."""
+        """Turns waiting sets into jobs, oldest first, as far as their transforms and calibrations are there."""
         while self._pending:
             images, arrived = self._pending[0]
+            patient = time.monotonic() - arrived < self._parameters.tf_timeout
             try:
                 job = self._assemble(images, arrived)
             except TransformUnavailable as error:
-                if error.wait and time.monotonic() - arrived < self._parameters.tf_timeout:
+                if error.wait and patient:
                     return
                 self.dropped["transform"] += 1
                 self._warn("transform", f"set dropped: {error}")
             except CalibrationError as error:
+                # A camera's first pictures may overtake its first CameraInfo: topics are not ordered among each other.
+                if patient and all(state.info_error is None for state in self.cameras.values()):
+                    return
                 self.dropped["calibration"] += 1
                 self._warn("calibration", f"set dropped: {error}")
             else:

@@ -45,7 +45,9 @@ class DetectorParameters:
     )
     max_spread: float = parameter(0.06, "seconds between the oldest and newest picture of a set", 0.001, 1.0)
     sync_deadline: float = parameter(0.3, "seconds after which an incomplete set is given up", 0.01, 10.0)
-    tf_timeout: float = parameter(0.5, "seconds that a complete set waits for transforms", 0.0, 10.0)
+    tf_timeout: float = parameter(
+        0.5, "seconds that a complete set waits for transforms and CameraInfo", 0.0, 10.0
+    )
     queue_size: int = parameter(
         1, "sets that may wait for the engine; the oldest goes first when full", 1, 1000
     )

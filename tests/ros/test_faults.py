@@ -55,6 +55,21 @@ def test_a_camera_info_without_a_camera_matrix(
     assert "/CAM_FRONT/camera_info cannot be used" in output
 
 
+def test_a_set_waits_for_the_first_camera_info(
+    graph: Graph, package: Path, short_bag: Path, tmp_path: Path
+) -> None:
+    """Topics are not ordered among each other: a camera's first picture may overtake its CameraInfo."""
+
+    def lose(topic: str, message: Any) -> Any:
+        lost = topic == "/CAM_FRONT/camera_info" and stamp_ns(message.header) < STAMPS[0]
+        return None if lost else message  # that of the first set: CAM_FRONT is 35 ms early
+
+    bag = edit_bag(short_bag, tmp_path / "late.mcap", lose)
+    stamps, _, _, output = answers_to(graph, package, bag, tmp_path / "out.mcap", "CAM_FRONT")
+    assert stamps == STAMPS
+    assert "set dropped" not in output
+
+
 def test_a_damaged_picture_costs_its_set_only(
     graph: Graph, package: Path, short_bag: Path, tmp_path: Path
 ) -> None:
