@@ -58,7 +58,9 @@ class ImageSpec:
         if self.decode not in ("full", "reduced"):
             raise ConfigError(f"image.decode is {self.decode!r}; use 'full' or 'reduced'")
         if min(self.height, self.width, self.pad_divisor) < 1 or len(self.mean) != 3 or len(self.std) != 3:
-            raise ConfigError("image: height, width and pad_divisor must be positive, mean and std have 3 numbers")
+            raise ConfigError(
+                "image: height, width and pad_divisor must be positive, mean and std have 3 numbers"
+            )
 
 
 @dataclass(frozen=True)
