@@ -10,6 +10,7 @@ import importlib
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from qdbev_ros.ros.process import run
 
 NODE_NAME = "qdbev_bag_player"
 CLOCK_PERIOD_S = 0.025
-SETTLE_S = 0.5  # after the last match, for the other side to know of it too
+SETTLE_S = 1.0  # after the last match, for the other side to know of it too
 LOOP_PAUSE_S = (
     0.5  # between two passes, so that the end of one is worked off before the next one's transforms come
 )
@@ -51,9 +52,8 @@ class Player:
         self._bag.require_cameras(preset)
         self._publishers = self._advertise()
         self._clock = self.node.create_publisher(Clock, "/clock", 10) if self._parameters.clock else None
-        self._awaited = [
-            t for t in self._parameters.wait_for.split() or preset.image_topics() if t in self._publishers
-        ]
+        known = {*self._publishers, self._parameters.answers}
+        self._awaited = [t for t in self._parameters.wait_for.split() or preset.image_topics() if t in known]
         self._messages: Iterator[tuple[str, int, bytes]] | None = None
         self._next: tuple[str, int, bytes] | None = None
         self._origin = (0, 0.0)  # bag time in ns, monotonic seconds
@@ -64,6 +64,9 @@ class Player:
         self._image_topics = set(preset.image_topics())
         self._newest = (0, 0)  # stamp of the pictures played
         self._answered = (0, 0)  # stamp of the newest answer
+        self._counted = preset.image_topics()[0]  # one picture of it stands for a set
+        self._unanswered: deque[tuple[int, int]] = deque()  # its stamps
+        self._held_since: float | None = None
         if self._parameters.answers:
             self._listen(self._parameters.answers)
         self._timer = self.node.create_timer(0.01, self._tick)
@@ -107,11 +110,15 @@ class Player:
         if self._messages is None:
             self._rewind(now)
         while self._next is not None and self._due(self._next[1]) <= now:
-            topic, _, data = self._next
+            topic, bag_ns, data = self._next
+            if topic == self._counted and self._hold(now, bag_ns):
+                return
             if topic in self._publishers:
                 self._publishers[topic].publish(data)
             if topic in self._image_topics:
                 self._newest = max(self._newest, STAMP.unpack_from(data))
+            if topic == self._counted:
+                self._unanswered.append(STAMP.unpack_from(data))
             self._next = next(self._messages, None) if self._messages is not None else None
         if self._next is None:
             self._passes += 1
@@ -121,13 +128,30 @@ class Player:
                 self.node.get_logger().info("end of the bag")
                 self._end_at = self._leave_at(now)
 
+    def _hold(self, now: float, bag_ns: int) -> bool:
+        """Whether the next set must wait for answers; if so, the bag's time stands still."""
+        if not self._parameters.max_ahead or len(self._unanswered) < self._parameters.max_ahead:
+            self._held_since = None
+            return False
+        if self._held_since is None:
+            self._held_since = now
+        if now - self._held_since > self._parameters.linger:
+            count = len(self._unanswered)
+            self.node.get_logger().warning(f"{count} sets without an answer: playing on")
+            self._unanswered.clear()
+        self._origin = (bag_ns, now)
+        return True
+
     def _listen(self, topic: str) -> None:
         quality = QoSProfile(depth=100)
         self.node.create_subscription(Detection3DArray, topic, self._on_answer, quality, raw=True)
 
     def _on_answer(self, data: bytes) -> None:
         """Each answer prolongs the stay, that to the newest pictures ends it."""
-        self._answered = max(self._answered, STAMP.unpack_from(data))
+        stamp = STAMP.unpack_from(data)
+        self._answered = max(self._answered, stamp)
+        while self._unanswered and self._unanswered[0] <= stamp:
+            self._unanswered.popleft()
         if self._end_at is not None:
             self._end_at = self._leave_at(time.monotonic())
 
@@ -138,9 +162,7 @@ class Player:
     def _ready(self, now: float) -> bool:
         """Whether the listeners are there, or were waited for long enough."""
         if self._start_at is None:
-            lonely = [
-                topic for topic in self._awaited if not self._publishers[topic].get_subscription_count()
-            ]
+            lonely = [topic for topic in self._awaited if not self._listeners(topic)]
             if lonely and now < self._wait_until:
                 return False
             if lonely:
@@ -151,7 +173,14 @@ class Player:
             self._start_at = now + SETTLE_S
         return now >= self._start_at
 
+    def _listeners(self, topic: str) -> int:
+        """Subscriptions to a topic of the bag, or to the answers besides the player's own."""
+        if topic in self._publishers:
+            return int(self._publishers[topic].get_subscription_count())
+        return self.node.count_subscribers(topic) - 1
+
     def _rewind(self, now: float) -> None:
+        self._unanswered.clear()
         self._messages = self._bag.raw()
         self._next = next(self._messages, None)
         self._origin = (self._next[1] if self._next else 0, now)

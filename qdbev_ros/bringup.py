@@ -25,7 +25,7 @@ from qdbev_ros.ros.presets import TopicPreset, config_folder, load_preset
 
 PACKAGE = "qdbev_ros"
 DETECTOR = "qdbev_detector"
-LINGER_S = 5.0  # the player's patience with each set that is still worked on
+LINGER_S = 8.0  # the player's patience with each set that is still worked on
 SHARED_MEMORY_MB = 256  # that camera images need; with less they go over UDP
 STOP_S = (12.0, 4.0)  # how long a process may take after SIGINT, then after SIGTERM, before SIGKILL
 
@@ -49,7 +49,12 @@ ARGUMENTS = (
     Argument("preset", "nuscenes", "topic names: a preset of config/presets.yaml"),
     Argument("params", "", "parameter file of the node; empty: config/detector.yaml"),
     Argument("engine", "", "inference engine; empty: as in the parameter file"),
-    Argument("queue_size", "", "sets that may wait for the engine; empty: as in the parameter file"),
+    Argument(
+        "queue_size",
+        "",
+        "sets that may wait for the engine; the bag then waits, too, so that every set is answered; empty: as in "
+        "the parameter file, and the bag plays in real time",
+    ),
     Argument("rviz", "false", "show the result in rviz2", BOOLEAN),
     Argument("record", "", "file to record results, transforms and annotations into, OUT.mcap; empty: none"),
     Argument("record_images", "false", "record the camera images, too", BOOLEAN),
@@ -146,13 +151,15 @@ def _detector(values: dict[str, str], sim_time: dict[str, str | bool | int | flo
         parameters["queue_size"] = int(values["queue_size"])
     if values["bag"]:
         # A replay should answer every set, even on a slow machine; our player offers reliable images.
-        parameters |= {"image_reliability": "reliable", "tf_timeout": 2.0}
+        parameters |= {"image_reliability": "reliable", "tf_timeout": 2.0, "sync_deadline": 0.8}
     file = values["params"] or str(config_folder() / "detector.yaml")
     return Process(DETECTOR, PACKAGE, "detector_node", parameters, (file,))
 
 
 def _player(values: dict[str, str], preset: TopicPreset) -> Process:
-    wait_for = preset.image_topics() + ([preset.annotations] if values["record"] else [])
+    answers = f"/{DETECTOR}/detections"
+    # The recorder subscribes to each topic when it finds it: to that of the answers in time for the first one.
+    wait_for = preset.image_topics() + ([preset.annotations, answers] if values["record"] else [])
     parameters: dict[str, str | bool | int | float] = {
         "bag": values["bag"],
         "preset": preset.name,
@@ -160,8 +167,9 @@ def _player(values: dict[str, str], preset: TopicPreset) -> Process:
         "loop": values["loop"] == "true",
         "clock": values["use_sim_time"] == "true",
         "wait_for": " ".join(wait_for),
-        "answers": f"/{DETECTOR}/detections",
+        "answers": answers,
         "linger": LINGER_S,
+        "max_ahead": int(values["queue_size"] or 0),
     }
     return Process("qdbev_bag_player", PACKAGE, "bag_player_node", parameters)
 

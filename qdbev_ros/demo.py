@@ -47,8 +47,8 @@ from qdbev_ros.ros.recording import (
 THRESHOLD = 0.3  # what is shown and counted
 RANGE = 50.0  # metres; objects further away are neither shown nor counted
 FRAMES = ("map", "base_link", "LIDAR_TOP")
-QUEUE = 100  # sets may wait: a slow machine answers late, but answers all
-PATIENCE_S = 120.0  # beyond the bag's length
+QUEUE = 4  # sets may wait, and the bag waits for them: a slow machine takes longer, but answers all
+PATIENCE_S = 240.0  # beyond the bag's length
 
 
 class DemoFailure(Exception):

@@ -73,10 +73,13 @@ class PlayerParameters:
     wait: float = parameter(
         60.0, "seconds to wait for a subscription on every topic of wait_for", 0.0, 3600.0
     )
-    wait_for: str = parameter("", "topics to wait for, blanks between; empty: the preset's images")
+    wait_for: str = parameter("", "bag's topics, or answers, to wait for; empty: the preset's images")
     linger: float = parameter(2.0, "seconds to stay after the last message or the last answer", 0.0, 600.0)
     answers: str = parameter(
         "", "the detector's output topic: when it has answered the last set, linger no longer"
+    )
+    max_ahead: int = parameter(
+        0, "sets that may be without an answer; more and playing holds; 0: never", 0, 1000
     )
 
 

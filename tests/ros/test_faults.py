@@ -23,7 +23,7 @@ Edit = Callable[[str, Any], Any]
 def answers_to(graph: Graph, package: Path, bag: Path, out: Path, camera: str) -> tuple[Any, ...]:
     """(answered stamps, pipeline's status, the camera's status, everything printed) of a replay that must not fail."""
     run = graph.start(
-        "qdbev_ros.bringup", f"model:={package}", f"bag:={bag}", f"record:={out}", "queue_size:=10"
+        "qdbev_ros.bringup", f"model:={package}", f"bag:={bag}", f"record:={out}", "queue_size:=4"
     )
     assert run.wait() == 0, run.output
     with BagReader(out) as recording:

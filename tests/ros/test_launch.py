@@ -36,7 +36,7 @@ def test_a_bag_is_answered_and_everything_ends_by_itself(
     graph: Graph, package: Path, short_bag: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.mcap"
-    run = launch(graph, f"model:={package}", f"bag:={short_bag}", f"record:={out}", "queue_size:=10")
+    run = launch(graph, f"model:={package}", f"bag:={short_bag}", f"record:={out}", "queue_size:=4")
     assert run.wait() == 0, run.output
     with BagReader(out) as recording:
         expected = [START_NS + i * PERIOD_NS for i in range(4)]

@@ -28,7 +28,7 @@ TYPES = get_typestore(Stores.ROS2_JAZZY).types
 
 
 def replay(graph: Graph, package: Path, bag: Path, out: Path, *more: str) -> Running:
-    arguments = (f"model:={package}", f"bag:={bag}", f"record:={out}", "queue_size:=10")
+    arguments = (f"model:={package}", f"bag:={bag}", f"record:={out}", "queue_size:=4")
     return graph.start("qdbev_ros.bringup", *arguments, *more)
 
 

@@ -25,7 +25,7 @@ def test_recorded_and_offline_scores_agree_to_a_thousandth(package: Path, tmp_pa
     pytest.importorskip("nuscenes", reason="nuscenes-devkit gives the score")
     recording = tmp_path / "answers.mcap"
     # A slow machine answers late, but it answers every set.
-    arguments = (f"model:={package}", f"bag:={DEMO / 'town.mcap'}", f"record:={recording}", "queue_size:=100")
+    arguments = (f"model:={package}", f"bag:={DEMO / 'town.mcap'}", f"record:={recording}", "queue_size:=4")
     with Graph(tmp_path) as graph:
         run = graph.start("qdbev_ros.bringup", *arguments)
         assert run.wait(240) == 0, run.output
