@@ -221,7 +221,8 @@ def _draw(
     views = read_views(bag, preset, frame, tree, FRAMES)
     title = f"{status.get('package', 'QD-BEV')} on {status.get('engine', 'unknown engine')}"
     footer = (
-        f"{bag.path.name}, stamp {frame.stamp_ns * 1e-9:.3f} s, boxes with a score of {THRESHOLD} or more"
+        f"{bag.path.name}, stamp {frame.stamp_ns * 1e-9:.3f} s: the set in which most objects are found. "
+        f"Boxes with a score of {THRESHOLD} or more; the tinted side is the front"
     )
     boxes, real = _shown(answers[frame.stamp_ns]), _truth_at(truth, frame.stamp_ns)
     picture = draw_overview(views, boxes, real, title, footer)
