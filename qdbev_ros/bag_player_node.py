@@ -108,10 +108,12 @@ class Player:
         if self._end_at is not None or not self._ready(now):
             return
         if self._messages is None:
+            if self._hold(now, 0, 1):  # the end of a pass is worked off before the next one starts
+                return
             self._rewind(now)
         while self._next is not None and self._due(self._next[1]) <= now:
             topic, bag_ns, data = self._next
-            if topic == self._counted and self._hold(now, bag_ns):
+            if topic == self._counted and self._hold(now, bag_ns, self._parameters.max_ahead):
                 return
             if topic in self._publishers:
                 self._publishers[topic].publish(data)
@@ -128,9 +130,9 @@ class Player:
                 self.node.get_logger().info("end of the bag")
                 self._end_at = self._leave_at(now)
 
-    def _hold(self, now: float, bag_ns: int) -> bool:
-        """Whether the next set must wait for answers; if so, the bag's time stands still."""
-        if not self._parameters.max_ahead or len(self._unanswered) < self._parameters.max_ahead:
+    def _hold(self, now: float, bag_ns: int, limit: int) -> bool:
+        """Whether the next set must wait for there to be less than `limit` open; if so, the bag's time stands still."""
+        if not self._parameters.max_ahead or len(self._unanswered) < limit:
             self._held_since = None
             return False
         if self._held_since is None:
