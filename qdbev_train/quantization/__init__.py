@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from qdbev_train.quantization.calibrate import calibrate, correct_biases, post_training_quantise
+from qdbev_train.quantization.calibrate import calibrate, post_training_quantise, tune_layers
 from qdbev_train.quantization.config import EXCEPTIONS, PARTS, Override, QuantConfig
 from qdbev_train.quantization.model import quantise_model
 
@@ -13,7 +13,7 @@ __all__ = [
     "Override",
     "QuantConfig",
     "calibrate",
-    "correct_biases",
     "post_training_quantise",
     "quantise_model",
+    "tune_layers",
 ]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Post-training quantisation: scales from temporally ordered frames, codes and biases from what layers put out.
 
-`quantise_model` puts the grid into a model, `calibrate` finds its scales, `choose_codes` rounds weights with an eye on
-the output, `correct_biases` repairs means; `post_training_quantise` does all of them in a row. The result trains on as
-any model (straight-through gradients).
+`quantise_model` puts the grid into a model, `calibrate` finds its scales, `tune_layers` rounds weights with an eye on
+the output and repairs means; `post_training_quantise` does all of them in a row. The result trains on as any model
+(straight-through gradients).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qdbev_train.quantization.config import QuantConfig
 from qdbev_train.quantization.layers import ActivationQuantiser, QuantisedConv2d, QuantisedLayer
 from qdbev_train.quantization.model import bev_quantisers, quantise_model
 from qdbev_train.quantization.ranges import Histogram, activation_scale, weight_scales
-from qdbev_train.quantization.rounding import MomentHooks, round_weights
+from qdbev_train.quantization.rounding import input_covariance, round_weights
 
 if TYPE_CHECKING:
     from qdbev_train.data.dataset import Batch
@@ -41,10 +41,7 @@ def post_training_quantise(model: BEVFormer, frames: Iterable[Batch], config: Qu
     batches = list(frames)
     model = quantise_model(model, config).eval()
     histories = calibrate(model, batches, config)
-    if config.weight_rounding == "output":
-        choose_codes(model, batches, histories)
-    if config.bias_correction:
-        correct_biases(model, batches, histories)
+    tune_layers(model, batches, histories, config)
     return model
 
 
@@ -109,21 +106,14 @@ def set_weight_scale(layer: QuantisedLayer, method: str) -> None:
 
 
 @torch.no_grad()
-def choose_codes(model: nn.Module, batches: Sequence[Batch], histories: Sequence[Tensor | None]) -> None:
-    """Rounds all weights for the least error at each layer's output; they lie on the grid afterwards."""
-    batch, history = _joined(batches, histories)
-    with in_float(model), MomentHooks(model) as hooks:
-        run_batch(model, batch, history)
-    for layer, moments in hooks.moments.items():
-        round_weights(layer, moments)
+def tune_layers(
+    model: nn.Module, batches: Sequence[Batch], histories: Sequence[Tensor | None], config: QuantConfig
+) -> None:
+    """Chooses weight codes by the output's error, and shifts biases so that every channel keeps its mean.
 
-
-@torch.no_grad()
-def correct_biases(model: nn.Module, batches: Sequence[Batch], histories: Sequence[Tensor | None]) -> None:
-    """Shifts every bias so that each channel's mean output is that of the float network (Nagel et al. 2019, DFQ).
-
-    One pass over one batch corrects all layers in the order in which they run, each on the corrected output of those
-    before it.
+    One pass over one batch tunes all layers in the order in which they run. Each sees inputs from the tuned layers
+    before it, rounding noise included: codes chosen on clean inputs were worse than the nearest ones. (Bias correction:
+    Nagel et al. 2019, "Data-free quantization".)
     """
     batch, history = _joined(batches, histories)
     layers = [m for m in model.modules() if isinstance(m, QuantisedLayer)]
@@ -132,15 +122,19 @@ def correct_biases(model: nn.Module, batches: Sequence[Batch], histories: Sequen
     def remember(layer: nn.Module, _: Any, output: Tensor) -> None:
         wanted[layer] = _channel_mean(layer, output)
 
-    def correct(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+    def tune(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, QuantisedLayer)
-        shift = wanted[layer] - _channel_mean(layer, output)
-        layer.bias.add_(shift)
-        return output + (shift[:, None, None] if isinstance(layer, QuantisedConv2d) else shift)
+        if config.weight_rounding == "output":
+            round_weights(layer, input_covariance(layer, inputs[0]))
+            output = layer.forward(inputs[0])
+        if config.bias_correction:
+            layer.bias.add_(wanted[layer] - _channel_mean(layer, output))
+            output = layer.forward(inputs[0])
+        return output
 
     with in_float(model), _hooks(layers, remember):
         run_batch(model, batch, history)
-    with _hooks(layers, correct):
+    with _hooks(layers, tune):
         run_batch(model, batch, history)
 
 

@@ -3,17 +3,15 @@
 
 The nearest code of every weight is not the best set of codes: with inputs that are alike from pixel to pixel, errors of
 neighbouring weights can cancel. For each output channel the codes q are sought that minimise the mean square of the
-output's error, (w - s q)' H (w - s q) with H the covariance of the layer's inputs in calibration, by going round the
+output's error, (w - s q)' H (w - s q) with H the covariance of the layer's inputs, by going round the
 weights one after another (never making it worse) and setting the step s to its best value in between. The mean of the
 error is left to bias correction, hence the covariance and not the raw second moment.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from qdbev_train.quantization.layers import QuantisedConv2d, QuantisedLayer
@@ -28,67 +26,29 @@ DAMPING = (
 )
 
 
-class InputMoments:
-    """Sums over a layer's input vectors. K weights of one output channel, G groups (1, or the channels if depthwise).
+def input_covariance(layer: QuantisedLayer, x: Tensor) -> Tensor:
+    """(G, K, K), damped: covariance of the K numbers that one output channel multiplies by its K weights.
 
-    total (G, K) · outer (G, K, K) · count
+    G groups: 1, or the channels of a depthwise convolution. x is the layer's input as its forward takes it; a linear's
+    quantiser is applied first.
     """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: Tensor = torch.zeros(0)
-        self.outer: Tensor = torch.zeros(0)
-
-    def add(self, vectors: Tensor) -> None:
-        """vectors (G, samples, K)."""
-        if self.count == 0:
-            groups, _, k = vectors.shape
-            self.total = vectors.new_zeros(groups, k)
-            self.outer = vectors.new_zeros(groups, k, k)
-        self.count += vectors.shape[1]
-        self.total += vectors.sum(1)
-        self.outer += vectors.transpose(1, 2) @ vectors
-
-    def covariance(self) -> Tensor:
-        """(G, K, K), damped."""
-        mean = self.total / self.count
-        covariance = self.outer / self.count - mean[:, :, None] * mean[:, None, :]
-        diagonal = covariance.diagonal(dim1=1, dim2=2)
-        damping = DAMPING * diagonal.mean(1).clamp_min(1e-12)
-        return covariance + damping[:, None, None] * torch.eye(covariance.shape[1], device=covariance.device)
-
-
-class MomentHooks:
-    """Collects the input moments of all quantised layers of a model while it runs; use `with`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.moments: dict[QuantisedLayer, InputMoments] = {}
-        self._layers = [m for m in model.modules() if isinstance(m, QuantisedLayer)]
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> MomentHooks:
-        self._handles = [layer.register_forward_pre_hook(self._collect) for layer in self._layers]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _collect(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, QuantisedLayer)
-        moments = self.moments.setdefault(layer, InputMoments())
-        x = arguments[0].detach()
-        k = layer.weight[0].numel()
-        wanted = max(MIN_SAMPLES, SAMPLES_PER_WEIGHT * k)
-        if not isinstance(layer, QuantisedConv2d):
-            moments.add(_thin(x.reshape(1, -1, k), wanted))
-            return
+    k = layer.weight[0].numel()
+    wanted = max(MIN_SAMPLES, SAMPLES_PER_WEIGHT * k)
+    if isinstance(layer, QuantisedConv2d):
         chunks = x.split(PICTURES_AT_ONCE)
-        for chunk in chunks:
-            columns = F.unfold(chunk, layer.weight.shape[2:], layer.dilation, layer.padding, layer.stride)
-            columns = columns.reshape(len(chunk), layer.groups, k, -1)
-            vectors = columns.permute(1, 0, 3, 2).reshape(layer.groups, -1, k)
-            moments.add(_thin(vectors, -(-wanted // len(chunks))))
+        samples = torch.cat([_thin(_patches(layer, c, k), -(-wanted // len(chunks))) for c in chunks], dim=1)
+    else:
+        samples = _thin(layer.input_quantiser(x).reshape(1, -1, k), wanted)
+    samples = samples - samples.mean(1, keepdim=True)
+    covariance = samples.transpose(1, 2) @ samples / samples.shape[1]
+    damping = DAMPING * covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    return covariance + damping[:, None, None] * torch.eye(k, device=x.device)
+
+
+def _patches(layer: QuantisedConv2d, x: Tensor, k: int) -> Tensor:
+    """(G, samples, K) of a convolution's input (B, C, H, W)."""
+    columns = F.unfold(x, layer.weight.shape[2:], layer.dilation, layer.padding, layer.stride)
+    return columns.reshape(len(x), layer.groups, k, -1).permute(1, 0, 3, 2).reshape(layer.groups, -1, k)
 
 
 def _thin(vectors: Tensor, wanted: int) -> Tensor:
@@ -97,11 +57,13 @@ def _thin(vectors: Tensor, wanted: int) -> Tensor:
 
 
 @torch.no_grad()
-def round_weights(layer: QuantisedLayer, moments: InputMoments) -> None:
-    """Replaces the layer's weights by values on the grid with the least output error, and its steps by theirs."""
+def round_weights(layer: QuantisedLayer, covariance: Tensor) -> None:
+    """Replaces the layer's weights by values on the grid with the least output error, and its steps by theirs.
+
+    covariance (G, K, K) as `input_covariance` gives it.
+    """
     out = len(layer.weight)
     flat = layer.weight.reshape(out, -1)
-    covariance = moments.covariance()
     # Every output channel has the inputs of its group: (G, out / G, K).
     weight = flat.reshape(len(covariance), -1, flat.shape[1])
     scale = layer.weight_scale.reshape(len(covariance), -1)

@@ -34,7 +34,7 @@ from qdbev_train.quantization.layers import (
 )
 from qdbev_train.quantization.ranges import Histogram, weight_scales
 from qdbev_train.quantization.report import describe
-from qdbev_train.quantization.rounding import MomentHooks, round_weights
+from qdbev_train.quantization.rounding import input_covariance, round_weights
 from tests.model_samples import can_bus, rig, small_model
 
 
@@ -268,9 +268,7 @@ def test_codes_chosen_for_the_output_lose_less_there_and_stay_in_range(groups: i
 
     with torch.no_grad():
         before = loss()
-        with MomentHooks(layer) as hooks:
-            layer(pictures)
-        round_weights(layer, hooks.moments[layer])
+        round_weights(layer, input_covariance(layer, pictures))
         assert loss() < 0.6 * before
         codes = layer.weight / layer.weight_scale[:, None, None, None]
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
