@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except DemoFailure as error:
         print(f"demo: failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130  # as shells have it; what was started has ended
 
 
 def _demo(bag_path: Path, model: Path, out: Path, rate: float) -> int:
@@ -123,7 +126,7 @@ def _play(bag: Path, model: Path, recording: Path, rate: float, limit_s: float) 
         raise DemoFailure(f"not at the end after {limit_s:.0f} s") from None
     finally:
         if process.poll() is None:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # a SIGTERM to launch would leave its processes running
             process.wait()
     if code:
         raise DemoFailure(f"{' '.join(command)} ended with exit code {code}")
