@@ -28,10 +28,7 @@ from qdbev_ros.ros.process import run
 
 NODE_NAME = "qdbev_bag_player"
 CLOCK_PERIOD_S = 0.025
-SETTLE_S = 1.0  # after the last match, for the other side to know of it too
-LOOP_PAUSE_S = (
-    0.5  # between two passes, so that the end of one is worked off before the next one's transforms come
-)
+SETTLE_S = 1.0  # after the last match for the other side to know of it, and between passes and after the end
 STAMP = struct.Struct(
     "<4xiI"
 )  # CDR's own header, then std_msgs/Header.stamp, which comes first in both types read here
@@ -123,10 +120,11 @@ class Player:
                 self._unanswered.append(STAMP.unpack_from(data))
             self._next = next(self._messages, None) if self._messages is not None else None
         if self._next is None:
-            self._passes += 1
             self._messages = None
-            self._start_at = now + LOOP_PAUSE_S
-            if not self._parameters.loop:
+            self._passes += 1
+            if self._parameters.loop:
+                self._start_at = self._leave_at(now) if self._parameters.max_ahead else now + SETTLE_S
+            else:
                 self.node.get_logger().info("end of the bag")
                 self._end_at = self._leave_at(now)
 
@@ -156,6 +154,8 @@ class Player:
             self._unanswered.popleft()
         if self._end_at is not None:
             self._end_at = self._leave_at(time.monotonic())
+        elif self._passes and self._messages is None and self._parameters.max_ahead:
+            self._start_at = self._leave_at(time.monotonic())
 
     def _leave_at(self, now: float) -> float:
         done = bool(self._parameters.answers) and self._answered >= self._newest
@@ -182,6 +182,7 @@ class Player:
         return self.node.count_subscribers(topic) - 1
 
     def _rewind(self, now: float) -> None:
+        self._newest = self._answered = (0, 0)
         self._unanswered.clear()
         self._messages = self._bag.raw()
         self._next = next(self._messages, None)

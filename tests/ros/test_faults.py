@@ -39,13 +39,10 @@ def one_line(text: str, name: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_a_camera_info_without_a_camera_matrix(
-    graph: Graph, package: Path, short_bag: Path, tmp_path: Path, value: float
-) -> None:
+def test_a_camera_info_of_zeros(graph: Graph, package: Path, short_bag: Path, tmp_path: Path) -> None:
     def spoil(topic: str, message: Any) -> Any:
         if topic == "/CAM_FRONT/camera_info":
-            message.k, message.p = np.full(9, value), np.full(12, value)
+            message.k, message.p = np.zeros(9), np.zeros(12)
         return message
 
     bag = edit_bag(short_bag, tmp_path / "bad.mcap", spoil)

@@ -38,7 +38,7 @@ def test_a_looped_bag_resets_the_memory_and_repeats_its_answers(
     """Were anything of the old pass remembered, the first answers of the new one would differ."""
     out = tmp_path / "loop.mcap"
     run = replay(graph, package, short_bag, out, "loop:=true")
-    run.wait_for("pass 4")
+    run.wait_for("pass 3")
     assert run.stop() == 0, run.output
     answers: dict[int, list[list[float]]] = {}
     with BagReader(out) as bag:
@@ -46,13 +46,12 @@ def test_a_looped_bag_resets_the_memory_and_repeats_its_answers(
             scores = [d.results[0].hypothesis.score for d in message.detections]
             answers.setdefault(stamp_ns(message.header), []).append(scores)
         status = read_status(bag, PIPELINE)
-    # The last set of a pass may be overtaken by the transforms of the next one.
-    assert set(STAMPS[:-1]) <= set(answers) <= set(STAMPS)
+    assert set(answers) == set(STAMPS)
     for passes in answers.values():
         assert len(passes) >= 2
         assert all(scores == passes[0] for scores in passes)
-    assert int(status["memory_resets.time_back"]) >= 2
-    assert int(status["sync_resets.time_back"]) >= 2
+    assert int(status["memory_resets.time_back"]) >= 1
+    assert int(status["sync_resets.time_back"]) >= 1
 
 
 def test_the_reset_service_empties_the_memory(
