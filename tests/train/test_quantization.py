@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,29 +34,7 @@ from qdbev_train.quantization.layers import (
 from qdbev_train.quantization.ranges import Histogram, weight_scales
 from qdbev_train.quantization.report import describe
 from qdbev_train.quantization.rounding import input_covariance, round_weights
-from tests.model_samples import can_bus, rig, small_model
-
-
-@dataclass(frozen=True)
-class Frames:
-    """What calibration needs of a batch."""
-
-    images: Tensor
-    lidar2img: Tensor
-    can_bus: Tensor
-    is_first: Tensor
-
-
-def frames(model: BEVFormer, count: int) -> list[Any]:
-    """`count` frames of one drive, smooth pictures, the first one without history."""
-    image = model.variant.image
-    batches = []
-    for i in range(count):
-        noise = torch.randn(6, 3, 4, 8, generator=torch.Generator().manual_seed(i))
-        pictures = nn.functional.interpolate(noise, (image.height, image.width), mode="bilinear")
-        first = torch.tensor([i == 0])
-        batches.append(Frames(pictures[None], rig(model.variant)[None], can_bus(3.0, 2.0)[None], first))
-    return batches
+from tests.quantisation_samples import frames, small_model
 
 
 @pytest.fixture(scope="module")
