@@ -170,8 +170,12 @@ class Graph:
                     ordered.append(stack.pop())
         return ordered
 
-    def finish(self, producer: str, opset: int) -> onnx.ModelProto:
-        """The edited model without what no output depends on; initialisers sorted by name, no intermediate shapes."""
+    def finish(self, producer: str, opset: int, short_names: bool = False) -> onnx.ModelProto:
+        """The edited model without what no output depends on; initialisers sorted by name, no intermediate shapes.
+
+        short_names numbers the tensors between nodes, whose names are a tenth of a small file; nodes keep theirs. The
+        graph cannot be edited further then.
+        """
         needed = set(self._outputs)
         kept: list[onnx.NodeProto] = []
         for node in reversed(self._sorted()):
@@ -180,6 +184,8 @@ class Graph:
                 kept.append(node)
                 node.name = node.name or f"{node.output[0]}/{node.op_type}"
                 node.doc_string = ""
+        if short_names:
+            self._shorten(kept[::-1])
         graph = self._model.graph
         constants = [t for name, t in sorted(self.initializers.items()) if name in needed]
         edited = helper.make_graph(kept[::-1], "qdbev", list(graph.input), list(graph.output), constants)
@@ -188,3 +194,10 @@ class Graph:
         )
         model.ir_version = 10  # the first with INT4
         return model
+
+    def _shorten(self, nodes: list[onnx.NodeProto]) -> None:
+        made = (name for node in nodes for name in node.output if name and name not in self._outputs)
+        short = {name: f"t{i}" for i, name in enumerate(made)}
+        for node in nodes:
+            for names in (node.input, node.output):
+                names[:] = [short.get(name, name) for name in names]

@@ -50,7 +50,7 @@ def export_master(model: nn.Module, variant: Variant) -> bytes:
     _pack(graph)
     graph.merge_duplicates()
     _drop_requantisation(graph)
-    master = graph.finish("qdbev", OPSET)
+    master = graph.finish("qdbev", OPSET, short_names=True)
     onnx.checker.check_model(master, full_check=True)
     return master.SerializeToString(deterministic=True)
 
