@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper, printer
@@ -39,6 +39,7 @@ def inputs(seed: int) -> dict[str, np.ndarray]:
     }
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(CODES)
 def test_packing_four_bits_and_back_changes_nothing(codes: np.ndarray) -> None:
     packed = pack_int4(codes)
@@ -46,6 +47,7 @@ def test_packing_four_bits_and_back_changes_nothing(codes: np.ndarray) -> None:
     np.testing.assert_array_equal(unpack_int4(packed), codes)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(CODES)
 def test_packed_nibbles_are_what_onnx_itself_reads(codes: np.ndarray) -> None:
     packed = pack_int4(codes)

@@ -47,10 +47,10 @@ def with_manifest(path: Path, **changes: object) -> Path:
 
 def refusal(path: Path) -> str:
     """The message with which a package is refused; it is one line, names the file, and comes in well under a second."""
-    start = time.monotonic()
+    start = time.process_time()  # of this process alone: the machine may be busy
     with pytest.raises(PackageError) as caught:
         read_package(path)
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 0.5
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
