@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -45,6 +46,16 @@ def link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
+def link_tree(path: Path, target: Path) -> None:
+    """Makes `path` a folder like `target` whose files are links: `ros2 launch` looks into no linked folder."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+    for file in sorted(target.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            link(path / file.relative_to(target), file)
+
+
 def link_project(root: Path, venv: Path, site_packages: Path) -> None:
     """Links the checkout at `root` into the environment `venv`."""
     (site_packages / f"{PACKAGE}_checkout.pth").write_text(f"{root}\n")
@@ -53,8 +64,9 @@ def link_project(root: Path, venv: Path, site_packages: Path) -> None:
         script.write_text(PROGRAM.format(python=venv / "bin" / "python", module=module, function=function))
         script.chmod(0o755)
         link(venv / "lib" / PACKAGE / name, Path(os.path.relpath(script, venv / "lib" / PACKAGE)))
-    for name in ("package.xml", "launch", "config"):
-        link(venv / "share" / PACKAGE / name, root / name)
+    link(venv / "share" / PACKAGE / "package.xml", root / "package.xml")
+    for name in ("launch", "config"):
+        link_tree(venv / "share" / PACKAGE / name, root / name)
     index = venv / "share" / "ament_index" / "resource_index" / "packages"
     index.mkdir(parents=True, exist_ok=True)
     (index / PACKAGE).touch()

@@ -8,6 +8,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$root"
 {
   echo "$root $lane $ros"
+  find launch config -type f ! -path '*/__pycache__/*' | LC_ALL=C sort # their names: each is linked on its own
   find requirements msg scripts setup.cfg -type f ! -name 'run_tests.py' ! -name 'env.sh' ! -path '*/__pycache__/*' |
     if [ "$lane" = node ]; then grep -vE '^requirements/(test|weights)\.txt$'; else cat; fi |
     LC_ALL=C sort | xargs -d '\n' sha256sum

@@ -67,6 +67,21 @@ def test_linked_checkout_is_a_ros_prefix_that_follows_edits(checkout: Path, venv
     assert (venv / "site-packages" / "qdbev_ros_checkout.pth").read_text() == f"{checkout}\n"
 
 
+def test_launch_files_lie_in_a_real_folder_since_ros2_launch_follows_no_linked_one(
+    checkout: Path, venv: Path
+) -> None:
+    (checkout / "launch").mkdir()
+    (checkout / "launch" / "detect.launch.py").write_text("")
+    link_project.link_project(checkout, venv, venv / "site-packages")
+    folder = venv / "share/qdbev_ros/launch"
+    assert folder.is_dir()
+    assert not folder.is_symlink()
+    assert (folder / "detect.launch.py").resolve() == checkout / "launch" / "detect.launch.py"
+    (checkout / "launch" / "detect.launch.py").unlink()
+    link_project.link_project(checkout, venv, venv / "site-packages")
+    assert not (folder / "detect.launch.py").is_symlink()
+
+
 def test_wheel_holds_what_runs_and_its_record_is_true(tmp_path: Path) -> None:
     prefix = tmp_path / "prefix"
     python = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages/some_msgs"

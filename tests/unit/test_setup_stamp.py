@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of what the set-up reads."""
-    for folder in ("requirements", "msg", "scripts"):
+    for folder in ("requirements", "msg", "scripts", "launch", "config"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "setup.cfg", tmp_path)
     return tmp_path
@@ -51,6 +51,14 @@ def test_stamp_follows_what_the_environment_is_made_from(checkout: Path, changed
     append(checkout / changed)
     assert stamp(checkout, "node") != before["node"]
     assert stamp(checkout, "test") != before["test"]
+
+
+def test_stamp_follows_the_names_of_linked_files_but_not_their_text(checkout: Path) -> None:
+    before = stamp(checkout)
+    append(checkout / "config" / "presets.yaml")
+    assert stamp(checkout) == before
+    (checkout / "config" / "new.yaml").write_text("")
+    assert stamp(checkout) != before
 
 
 def test_test_requirements_leave_the_node_stamp_alone(checkout: Path) -> None:
