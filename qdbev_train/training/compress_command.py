@@ -29,6 +29,7 @@ class CompressConfig:
     weight_bits: int
     activation_bits: int
     weight_range: str
+    weight_rounding: str
     activation_range: str
     percentile: float
     bias_correction: bool
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         weight_bits=config.weight_bits,
         activation_bits=config.activation_bits,
         weight_range=config.weight_range,
+        weight_rounding=config.weight_rounding,
         activation_range=config.activation_range,
         percentile=config.percentile,
         bias_correction=config.bias_correction,
