@@ -61,8 +61,8 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class _Ticket:
-    """One frame of one stream, to be decoded: everything that depends on the order is settled."""
+class Ticket:
+    """One frame of one row, to be decoded: everything that depends on the order is settled."""
 
     frame: Frame
     can_bus: NDArray[np.float32]
@@ -104,13 +104,13 @@ class StreamDataset:
             while True:
                 while len(pending) < 2 * self._workers:
                     pending.append(
-                        pool.submit(_assemble, next(steps), self._variant, self._augmentation.light)
+                        pool.submit(assemble, next(steps), self._variant, self._augmentation.light)
                     )
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _tickets(self) -> Iterator[list[_Ticket]]:
+    def _tickets(self) -> Iterator[list[Ticket]]:
         order = self._scene_order()
         streams = [_Stream(order, b, self._variant, self._augmentation) for b in range(self._batch)]
         # Streams that began together would all end together: most of their scenes begin somewhere inside.
@@ -160,7 +160,7 @@ class _Stream:
                 self._fetch()
             self._position += 1
 
-    def take(self) -> _Ticket:
+    def take(self) -> Ticket:
         if not self.remaining:
             self._fetch()
         frame = self._frames[self._position]
@@ -172,7 +172,7 @@ class _Stream:
         step = self._memory.step(frame.stamp_ns, frame.ego2global, str(self._visits), frame.can_dynamics)
         self._memory.store(NO_MAP)
         light_seed = int(self._rng.integers(2**31)) if self._augmentation.light else None
-        return _Ticket(frame, step.can_bus, step.prev_bev is None, self._flip, light_seed)
+        return Ticket(frame, step.can_bus, step.prev_bev is None, self._flip, light_seed)
 
     def _fetch(self) -> None:
         self._frames, self._rng = next(self._order)
@@ -233,7 +233,8 @@ def _vary_light(picture: Picture, rng: np.random.Generator, strength: float) -> 
     return cv2.addWeighted(picture, contrast * saturation, grey, contrast * (1 - saturation), offset)  # type: ignore[return-value]
 
 
-def _assemble(tickets: list[_Ticket], variant: Variant, light: float) -> Batch:
+def assemble(tickets: list[Ticket], variant: Variant, light: float) -> Batch:
+    """Decodes one frame of every row into a batch; `light` is the strength of its variation."""
     images, matrices, codes, labels = [], [], [], []
     for ticket in tickets:
         variation = None if ticket.light_seed is None else (light, ticket.light_seed)

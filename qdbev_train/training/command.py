@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,23 +52,34 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"{config.init}: holds another variant than {config.variant}")
     if quantisation is None:
         model.freeze_backbone(1)
-    path = train(model, variant, config, stream_opener(config), quantisation)
+    path = train(model, variant, config, data_opener(config), quantisation)
     print(f"wrote {path}")
 
 
-def stream_opener(config: TrainConfig) -> Callable[[int], Iterable[Batch]]:
-    """The training frames of a configuration: a function from the step to start at to the batches."""
+def data_opener(config: TrainConfig) -> Callable[[int], Iterable[Sequence[Batch]]]:
+    """The training frames of a configuration: a function from the step to start at to the frames of each step."""
+    from qdbev_ros.core.errors import ConfigError
     from qdbev_ros.core.variant import load_variant
     from qdbev_train.data.dataset import Augmentation, StreamDataset
+    from qdbev_train.data.queues import QueueDataset
     from qdbev_train.data.tables import load_scenes
 
+    augmentation = Augmentation(mirror=config.mirror, turn=config.turn, light=config.light)
+    if config.history not in ("stream", "queue"):
+        raise ConfigError(f"history is {config.history!r}; use 'stream' or 'queue'")
+    if config.history == "queue" and augmentation != Augmentation():
+        raise ConfigError(
+            "history: queue takes the data as they are; set mirror: 0.0, turn: false, light: 0.0"
+        )
     scenes = load_scenes(Path(config.data.root), config.data.version, config.data.split)
     variant = load_variant(config.variant)
-    augmentation = Augmentation(mirror=config.mirror, turn=config.turn, light=config.light)
 
-    def open_at(step: int) -> Iterable[Batch]:
-        return StreamDataset(
+    def open_at(step: int) -> Iterable[Sequence[Batch]]:
+        if config.history == "queue":
+            return QueueDataset(scenes, variant, config.batch, config.seed, start_step=step)
+        stream = StreamDataset(
             scenes, variant, config.batch, config.seed, start_step=step, augmentation=augmentation
         )
+        return ((batch,) for batch in stream)
 
     return open_at

@@ -27,12 +27,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. `init` is "imagenet" or the path of a model file. `steps` counts optimiser steps of `batch` samples."""
+    """One run. `steps` counts optimiser steps of `batch` samples.
+
+    init: "imagenet", or the path of a model file · history: "stream" (consecutive frames, the last step's map is the
+    past) or "queue" (BEVFormer's recipe: each sample brings the variant's `queue_length` frames)
+    """
 
     variant: str
     data: DataConfig
     out: str
     init: str
+    history: str
     steps: int
     batch: int
     learning_rate: float

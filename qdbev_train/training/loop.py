@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: streams of consecutive frames, the detached BEV of the last step as history."""
+"""The training loop. History is the detached BEV of the last step (streams), or that of a queue's own past."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -112,16 +112,37 @@ def train_step(state: TrainingState, batch: Batch) -> dict[str, Tensor]:
     return losses
 
 
+@torch.no_grad()
+def remember(model: nn.Module, history: Sequence[Batch]) -> Tensor:
+    """The BEV map (B, cells, C) after the frames of a queue, computed as in deployment: no dropout, no gradient."""
+    model.eval()
+    device = next(model.parameters()).device
+    bev: Tensor | None = None
+    for batch in history:
+        bev = model(
+            batch.images.to(device),
+            batch.lidar2img.to(device),
+            batch.can_bus.to(device),
+            bev,
+            has_prev=None if bev is None else ~batch.is_first.to(device),
+        ).bev
+    model.train()
+    assert bev is not None
+    return bev
+
+
 def train(
     model: nn.Module,
     variant: Variant,
     config: TrainConfig,
-    open_stream: Callable[[int], Iterable[Batch]],
+    open_data: Callable[[int], Iterable[Sequence[Batch]]],
     quantisation: Any = None,
 ) -> Path:
     """Trains to `config.steps`, resuming from `config.out`/last.safetensors where there is one.
 
-    `open_stream(step)` gives the batches from that step on; `quantisation` goes into the model file of a student.
+    `open_data(step)` gives from that step on, for each step, the frames to remember and then the one to learn from: a
+    stream remembers the step before and gives one frame, a queue brings its own past. `quantisation` goes into the
+    model file of a student.
     Returns the path of the finished model file. Progress goes to the terminal and to TensorBoard in `config.out`.
     """
     out = Path(config.out)
@@ -139,7 +160,9 @@ def train(
         total=config.steps, initial=state.step, desc=f"train {variant.name}", unit="step", smoothing=0.02
     )
     smoothed: float | None = None
-    for batch in islice(open_stream(state.step), config.steps - state.step):
+    for *history, batch in islice(open_data(state.step), config.steps - state.step):
+        if history:
+            state.prev_bev = remember(model, history)
         rate = state.set_learning_rate()
         losses = train_step(state, batch)
         total = torch.stack(list(losses.values())).sum()

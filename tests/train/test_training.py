@@ -16,7 +16,8 @@ from qdbev_train.checkpoint import load_model, read_tensors
 from qdbev_train.data.dataset import Batch
 from qdbev_train.model import build_model
 from qdbev_train.training.auxiliary import TrainingHelps
-from qdbev_train.training.config import TrainConfig, read_config
+from qdbev_train.training.command import data_opener
+from qdbev_train.training.config import DataConfig, TrainConfig, read_config
 from qdbev_train.training.loop import learning_rate_at, train
 from qdbev_train.training.losses import Targets
 
@@ -62,9 +63,9 @@ def random_batch(step: int, variant: Variant) -> Batch:
 def run(out: Path, **changes: object) -> Path:
     variant, config = micro_variant(), micro_config(out, **changes)
 
-    def stream(step: int) -> Iterable[Batch]:
+    def stream(step: int) -> Iterable[tuple[Batch]]:
         while True:
-            yield random_batch(step, variant)
+            yield (random_batch(step, variant),)
             step += 1
 
     torch.manual_seed(0)
@@ -84,9 +85,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> Non
 def interrupted(out: Path, stop_at: int) -> None:
     variant, config = micro_variant(), micro_config(out, learning_rate=1e-3)
 
-    def stream(step: int) -> Iterable[Batch]:
+    def stream(step: int) -> Iterable[tuple[Batch]]:
         while step < stop_at:
-            yield random_batch(step, variant)
+            yield (random_batch(step, variant),)
             step += 1
         raise KeyboardInterrupt
 
@@ -110,7 +111,7 @@ def test_the_loss_of_a_repeated_batch_falls(tmp_path: Path) -> None:
         return float(sum(detection_loss(out.class_logits, out.boxes, targets, torch.tensor(6.0)).values()))
 
     before = loss()
-    train(model, variant, config, lambda _: iter([batch] * 25))
+    train(model, variant, config, lambda _: iter([(batch,)] * 25))
     assert loss() < 0.8 * before
 
 
@@ -134,7 +135,7 @@ def test_a_diverged_loss_ends_the_run(tmp_path: Path) -> None:
         random_batch(0, variant), images=torch.full_like(random_batch(0, variant).images, float("nan"))
     )
     with pytest.raises(ConfigError, match="learning_rate"):
-        train(build_model(variant), variant, config, lambda _: iter([batch]))
+        train(build_model(variant), variant, config, lambda _: iter([(batch,)]))
 
 
 def test_learning_rate_warms_up_from_a_third_and_ends_at_a_thousandth(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_denoising_queries_start_near_the_true_boxes() -> None:
     extra, _ = helps.extra_queries([Targets(torch.tensor([0]), code)])
     low, high = torch.tensor(variant.bev.pc_range).split(3)
     centers = extra.reference[0] * (high - low) + low
-    assert float((centers[:, :2] - code[0, :2]).abs().max()) <= 6.0 * 0.5 + 1e-4
+    assert float((centers[:, :2] - code[0, :2]).abs().max().detach()) <= 6.0 * 0.5 + 1e-4
 
 
 @pytest.mark.parametrize(
@@ -183,3 +184,22 @@ def test_a_wrong_key_or_type_is_named(tmp_path: Path, line: str, complaint: str)
     path.write_text("\n".join([*lines, line]))
     with pytest.raises(ConfigError, match=complaint):
         read_config(path, TrainConfig)
+
+
+def test_queues_of_a_data_set_train(tmp_path: Path) -> None:
+    """From a configuration, over real tables and pictures, with BEVFormer's queues."""
+    town = Path(__file__).parents[2] / "demo" / "town"
+    data = DataConfig(str(town), "v1.0-mini", "mini_val")
+    plain = {"history": "queue", "mirror": 0.0, "turn": False, "light": 0.0}
+    config = micro_config(tmp_path, data=data, steps=2, batch=1, save_every=2, **plain)
+    path = train(build_model("nano"), load_variant("nano"), config, data_opener(config))
+    assert load_model(path)[2]["provenance"]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [({"history": "deque"}, "use 'stream' or 'queue'"), ({"history": "queue"}, "as they are")],
+)
+def test_a_history_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        data_opener(micro_config(tmp_path, **changes))

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queues of frames as BEVFormer trains on them, and what is remembered of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qdbev_ros.core.variant import load_variant
+from qdbev_train.data.dataset import Batch
+from qdbev_train.data.frames import Frame
+from qdbev_train.data.queues import QueueDataset
+from qdbev_train.data.tables import load_scenes
+from qdbev_train.model import build_model
+from qdbev_train.training.loop import remember
+from tests.small_dataset import VERSION
+
+NANO = load_variant("nano")
+LENGTH = 2
+SHORT = replace(NANO, temporal=replace(NANO.temporal, queue_length=LENGTH))
+Scenes = dict[str, tuple[Frame, ...]]
+
+
+@pytest.fixture(scope="module")
+def scenes(small_root: Path) -> Scenes:
+    return load_scenes(small_root, VERSION)
+
+
+def queues(scenes: Scenes, count: int, batch: int = 2, **options: int) -> list[list[Batch]]:
+    return list(islice(QueueDataset(scenes, SHORT, batch, seed=3, **options), count))
+
+
+def place(scenes: Scenes) -> dict[str, tuple[str, int]]:
+    """Token -> scene and position in it."""
+    return {f.sample_token: (name, i) for name, frames in scenes.items() for i, f in enumerate(frames)}
+
+
+def test_every_frame_is_a_target_once_an_epoch(scenes: Scenes) -> None:
+    total = sum(map(len, scenes.values()))
+    targets = [queue[-1].tokens[0] for queue in queues(scenes, total, batch=1)]
+    assert sorted(targets) == sorted(place(scenes))
+
+
+def test_a_queue_is_an_ordered_past_of_its_target_in_the_same_scene(scenes: Scenes) -> None:
+    where = place(scenes)
+    for queue in queues(scenes, 10):
+        assert len(queue) == LENGTH
+        for row in range(2):
+            spots = [where[batch.tokens[row]] for batch in queue]
+            target_scene, target = spots[-1]
+            assert {scene for scene, _ in spots} == {target_scene}
+            positions = [i for _, i in spots]
+            assert positions == sorted(positions)
+            assert target - positions[0] <= LENGTH
+
+
+def test_one_frame_before_the_target_is_dropped_at_random(scenes: Scenes) -> None:
+    where = place(scenes)
+    gaps = set()
+    for queue in queues(scenes, 30, batch=1):
+        before, target = (where[batch.tokens[0]][1] for batch in queue)
+        if target >= LENGTH:
+            gaps.add(target - before)
+    assert gaps == {1, 2}
+
+
+def test_motion_is_that_between_the_frames_kept(scenes: Scenes) -> None:
+    frames = {f.sample_token: f for scene in scenes.values() for f in scene}
+    for queue in queues(scenes, 10, batch=1):
+        previous, target = (frames[batch.tokens[0]] for batch in queue)
+        moved = target.ego2global.translation - previous.ego2global.translation
+        np.testing.assert_allclose(queue[-1].can_bus[0, :3].numpy(), moved, atol=1e-4)
+
+
+def test_a_scene_with_too_short_a_past_begins_anew_with_its_first_frame(scenes: Scenes) -> None:
+    where = place(scenes)
+    starts = [q for q in queues(scenes, 30, batch=1) if where[q[-1].tokens[0]][1] == 0]
+    assert starts
+    for queue in starts:
+        assert len({batch.tokens[0] for batch in queue}) == 1
+        assert [bool(batch.is_first) for batch in queue] == [True] * LENGTH
+
+
+def test_a_later_start_skips_whole_steps(scenes: Scenes) -> None:
+    tokens = [[b.tokens for b in q] for q in queues(scenes, 6)]
+    assert [[b.tokens for b in q] for q in queues(scenes, 2, start_step=4)] == tokens[4:]
+
+
+def test_remembering_is_running_the_frames_one_after_another(scenes: Scenes) -> None:
+    torch.manual_seed(0)
+    model = build_model(replace(SHORT, transformer=replace(SHORT.transformer, dropout=0.5))).train()
+    first, second = queues(scenes, 1, batch=1)[0]
+    second = replace(second, is_first=torch.tensor([False]))
+    remembered = remember(model, [first, second])
+    assert model.training
+    assert not remembered.requires_grad
+    model.eval()
+    with torch.no_grad():
+        bev = model(first.images, first.lidar2img, first.can_bus).bev
+        bev = model(second.images, second.lidar2img, second.can_bus, bev).bev
+    torch.testing.assert_close(remembered, bev)
