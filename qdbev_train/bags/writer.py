@@ -15,11 +15,11 @@ from typing import Any
 
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import StoragePlugin, Writer
+from tqdm import tqdm
 
 from qdbev_ros.core.errors import DataError
 from qdbev_train.bags import messages
 from qdbev_train.data.frames import CameraFrame, Frame
-from qdbev_train.progress import progress
 
 # Poses are received shortly before the pictures taken there, as localisation runs ahead of image transport.
 TF_LEAD_NS = 2_000_000
@@ -78,7 +78,7 @@ def _write(planned: list[_Planned], frames: Sequence[Frame], folder: Path) -> No
             connections[topic] = writer.add_connection(
                 topic, _type(topic), typestore=messages.STORE, offered_qos_profiles=[_qos(topic)]
             )
-        for message in progress(planned, "bag", "messages"):
+        for message in tqdm(planned, desc="bag", unit=" messages", disable=None):
             data = messages.STORE.serialize_cdr(message.make(), _type(message.topic))
             writer.write(connections[message.topic], message.log_ns, data)
 

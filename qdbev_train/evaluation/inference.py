@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.pipeline import CameraFrame, Engine, Pipeline
 from qdbev_ros.core.pipeline import Frame as PipelineFrame
 from qdbev_train.data.frames import Frame
 from qdbev_train.evaluation.results import Entry, result_entries
-from qdbev_train.progress import progress
 
 
 def open_engine(model: Path) -> Engine:
@@ -34,7 +35,7 @@ def detect(engine: Engine, frames: Sequence[Frame]) -> dict[str, list[Entry]]:
     pipeline = Pipeline(engine)
     results = {}
     try:
-        for frame in progress(frames, "eval", "frames"):
+        for frame in tqdm(frames, desc="eval", unit=" frames", disable=None):
             boxes = pipeline.run(pipeline_frame(frame)).boxes
             results[frame.sample_token] = result_entries(
                 frame.sample_token, boxes, frame.lidar2ego, frame.ego2global
