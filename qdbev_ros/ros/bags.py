@@ -3,29 +3,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rosbags.highlevel import AnyReader, AnyReaderError
-from rosbags.interfaces import (
-    Connection,
-    Qos,
-    QosDurability,
-    QosHistory,
-    QosLiveliness,
-    QosReliability,
-    QosTime,
-)
-from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.mcap_file import McapFile
 from qdbev_ros.ros.presets import TopicPreset
 
 
@@ -95,51 +83,22 @@ class BagReader:
 
 
 class BagWriter:
-    """One MCAP file of raw messages with their ROS 2 definitions. It appears under its name when closed whole."""
+    """An MCAP file of raw messages whose definitions come from the installed ROS packages."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if self.path.suffix != ".mcap":
-            raise DataError(f"{self.path}: recordings are MCAP files, give a name that ends in .mcap")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.stem}-", dir=self.path.parent))
-        except OSError as error:
-            raise DataError(f"cannot write {self.path}: {error.strerror}") from error
-        # Version 8 spells the offered QoS in numbers, which Humble and everything after it understands. rosbags writes
-        # a folder around its file; the file alone is complete, and names itself as the folder.
-        self._writer = Writer(self._folder / self.path.stem, version=8, storage_plugin=StoragePlugin.MCAP)
-        self._writer.open()
+        self._file = McapFile(path)
         self._types = get_typestore(Stores.EMPTY)
-        self._connections: dict[str, Connection] = {}
+        self.write = self._file.write
+        self.close = self._file.close
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
 
     def add_topic(self, topic: str, msgtype: str, latched: bool = False) -> None:
-        """Declares a topic. Message definitions come from the installed ROS packages."""
+        """Declares a topic. Raises DataError where no installed package has the message type."""
         register_installed_type(self._types, msgtype)
-        durability = QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE
-        forever = QosTime(2147483647, 4294967295)
-        qos = Qos(
-            QosHistory.KEEP_LAST, 10, QosReliability.RELIABLE, durability, forever, forever,
-            QosLiveliness.AUTOMATIC, forever, False,
-        )  # fmt: skip
-        self._connections[topic] = self._writer.add_connection(
-            topic, msgtype, typestore=self._types, offered_qos_profiles=[qos]
-        )
-
-    def write(self, topic: str, stamp_ns: int, data: bytes) -> None:
-        """Appends one CDR message of a declared topic."""
-        self._writer.write(self._connections[topic], stamp_ns, data)
-
-    def close(self) -> None:
-        """Ends the file and gives it its name."""
-        self._writer.close()
-        os.replace(self._folder / self.path.stem / self.path.name, self.path)
-        shutil.rmtree(self._folder)
-
-    def abort(self) -> None:
-        """Throws everything away."""
-        self._writer.abort()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._file.add_topic(topic, msgtype, self._types, latched)
 
 
 def register_installed_type(types: Any, msgtype: str) -> None:

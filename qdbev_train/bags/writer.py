@@ -4,20 +4,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
-from rosbags.rosbag2 import StoragePlugin, Writer
 from tqdm import tqdm
 
 from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.mcap_file import McapFile
 from qdbev_train.bags import messages
 from qdbev_train.data.frames import CameraFrame, Frame
 
@@ -49,58 +45,25 @@ def write_bag(frames: Sequence[Frame], out: Path) -> int:
 
     Raises DataError where a picture cannot be read or `out` not be written.
     """
-    if out.suffix != ".mcap":
-        raise DataError(f"{out}: a bag is one .mcap file; give a name that ends in .mcap")
     planned = sorted(_plan(tuple(frames)), key=lambda m: m.log_ns)
+    bag = McapFile(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror}") from error
-    try:
-        # rosbags writes a folder around its file; the file alone is complete, and names itself as the folder.
-        _write(planned, frames, folder / out.stem)
-        os.replace(folder / out.stem / out.name, out)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return len(planned)
-
-
-def _write(planned: list[_Planned], frames: Sequence[Frame], folder: Path) -> None:
-    # Version 8 spells the offered QoS in numbers, which Humble and everything after it understands.
-    with Writer(folder, version=8, storage_plugin=StoragePlugin.MCAP) as writer:
         samples = [{"token": f.sample_token, "stamp_ns": f.stamp_ns} for f in frames]
-        writer.set_custom_data(SAMPLES_KEY, json.dumps({"scene": frames[0].scene, "samples": samples}))
-        connections = {}
+        bag.set_metadata(SAMPLES_KEY, json.dumps({"scene": frames[0].scene, "samples": samples}))
         for topic in sorted({m.topic for m in planned}):
-            connections[topic] = writer.add_connection(
-                topic, _type(topic), typestore=messages.STORE, offered_qos_profiles=[_qos(topic)]
-            )
+            bag.add_topic(topic, _type(topic), messages.STORE, latched=topic == "/tf_static")
         for message in tqdm(planned, desc="bag", unit=" messages", disable=None):
             data = messages.STORE.serialize_cdr(message.make(), _type(message.topic))
-            writer.write(connections[message.topic], message.log_ns, data)
+            bag.write(message.topic, message.log_ns, bytes(data))
+        bag.close()
+    except BaseException:
+        bag.discard()
+        raise
+    return len(planned)
 
 
 def _type(topic: str) -> str:
     return _TYPES[topic.rsplit("/", 1)[1]]
-
-
-def _qos(topic: str) -> Qos:
-    static = topic == "/tf_static"
-    forever = QosTime(2147483647, 4294967295)
-    return Qos(
-        history=QosHistory.KEEP_LAST,
-        depth=1 if static else 10,
-        reliability=QosReliability.RELIABLE,
-        durability=QosDurability.TRANSIENT_LOCAL if static else QosDurability.VOLATILE,
-        deadline=forever,
-        lifespan=forever,
-        liveliness=QosLiveliness.AUTOMATIC,
-        liveliness_lease_duration=forever,
-        avoid_ros_namespace_conventions=False,
-    )
 
 
 def _plan(frames: tuple[Frame, ...]) -> Iterator[_Planned]:
