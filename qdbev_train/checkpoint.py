@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qdbev_ros.core.errors import ConfigError, DataError
+from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.variant import Variant
 
 FORMAT = "qdbev-checkpoint-1"
@@ -56,26 +56,9 @@ def save_model(
     write_tensors(path, dict(model.state_dict()), metadata)
 
 
-def load_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Fills the model, or names every key that is missing, unexpected or of another shape."""
-    wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(tensors))
-    unexpected = sorted(set(tensors) - set(wanted))
-    shapes = [
-        f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}"
-        for k, v in wanted.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    if missing or unexpected or shapes:
-        raise ConfigError(
-            f"{source}: missing keys {missing}; unexpected keys {unexpected}; wrong shapes {shapes}"
-        )
-    model.load_state_dict(tensors)
-
-
 def load_model(path: str | Path) -> tuple[Any, Variant, dict[str, Any]]:
     """(model in eval mode, its variant, metadata) of a model file, float or fake-quantised."""
-    from qdbev_train.model import build_model
+    from qdbev_train.model import CheckpointError, build_model, load_bevformer_checkpoint
 
     path = Path(path)
     tensors, metadata = read_tensors(path)
@@ -87,5 +70,8 @@ def load_model(path: str | Path) -> tuple[Any, Variant, dict[str, Any]]:
         from qdbev_train.quantization import QuantConfig, quantise_model
 
         model = quantise_model(model, QuantConfig.from_dict(metadata["quantisation"]))
-    load_state(model, tensors, str(path))
+    try:
+        load_bevformer_checkpoint(model, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return model.eval(), variant, metadata

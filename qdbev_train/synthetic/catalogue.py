@@ -12,18 +12,6 @@ import numpy as np
 from qdbev_train.synthetic import small_objects, vehicles
 from qdbev_train.synthetic.mesh import Colour, Mesh, to_unit_box
 
-CLASSES = (
-    "car",
-    "truck",
-    "construction_vehicle",
-    "bus",
-    "trailer",
-    "barrier",
-    "motorcycle",
-    "bicycle",
-    "pedestrian",
-    "traffic_cone",
-)
 CATEGORY = {
     "car": "vehicle.car",
     "truck": "vehicle.truck",

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("vtkmodules", reason="the synthetic town is drawn with VTK")
 
-from qdbev_train.synthetic.catalogue import CLASSES, SHAPES, body, draw_look
+from qdbev_ros.core.variant import CLASSES
+from qdbev_train.synthetic.catalogue import SHAPES, body, draw_look
 from qdbev_train.synthetic.layout import Town, TownObject
 from qdbev_train.synthetic.occlusion import surface_points, visibility_token
 from qdbev_train.synthetic.paths import stay

@@ -12,9 +12,9 @@ import torch
 
 from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.core.variant import Variant, load_variant
-from qdbev_train.checkpoint import load_model, read_tensors
+from qdbev_train.checkpoint import load_model, read_tensors, write_tensors
 from qdbev_train.data.dataset import Batch
-from qdbev_train.model import build_model
+from qdbev_train.model import CheckpointError, build_model
 from qdbev_train.training.auxiliary import TrainingHelps
 from qdbev_train.training.command import data_opener
 from qdbev_train.training.config import DataConfig, TrainConfig, read_config
@@ -121,6 +121,17 @@ def test_a_finished_model_loads_by_its_own_description(tmp_path: Path) -> None:
     assert variant == micro_variant()
     assert metadata["provenance"]["samples"] == 12
     assert not model.training
+
+
+def test_a_model_file_that_lacks_a_key_is_refused_by_file_and_key(tmp_path: Path) -> None:
+    path = run(tmp_path)
+    tensors, metadata = read_tensors(path)
+    gone = tensors.pop("pts_bbox_head.query_embedding.weight")
+    write_tensors(path, tensors | {"stray": gone}, metadata)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors.*missing: .*query_embedding.*unexpected: stray"
+    ):
+        load_model(path)
 
 
 def test_resuming_with_other_settings_is_refused_by_name(tmp_path: Path) -> None:
