@@ -40,20 +40,28 @@ class ModulatedDeformConv2d(nn.Module):
         return out if bias is None else out + bias[:, None, None]
 
     def columns(self, x: Tensor) -> Tensor:
-        """(B, in, 9, H', W'): the displaced taps times their masks, read bilinearly in FP32."""
-        _, _, height, width = x.shape
-        raw = self.conv_offset(x).float()
-        batch, _, out_h, out_w = raw.shape
-        offsets = raw[:, : 2 * TAPS].reshape(batch, TAPS, 2, out_h, out_w)
-        mask = raw[:, 2 * TAPS :].sigmoid()  # (B, 9, H', W')
-        tap_y = torch.arange(3, device=x.device, dtype=torch.float32).repeat_interleave(3)[:, None, None] - 1
-        tap_x = torch.arange(3, device=x.device, dtype=torch.float32).repeat(3)[:, None, None] - 1
-        rows = torch.arange(out_h, device=x.device, dtype=torch.float32)[None, :, None] * self.stride
-        cols = torch.arange(out_w, device=x.device, dtype=torch.float32)[None, None, :] * self.stride
-        y = rows + tap_y + offsets[:, :, 0]
-        x_pixel = cols + tap_x + offsets[:, :, 1]
-        # grid_sample with align_corners=False puts the centre of pixel i at (2 i + 1) / size - 1.
-        grid = torch.stack([(2 * x_pixel + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-        grid = grid.reshape(batch, TAPS * out_h, out_w, 2)
-        taps = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        return (taps.reshape(batch, -1, TAPS, out_h, out_w) * mask[:, None]).to(x.dtype)
+        """(B, in, 9, H', W'): the displaced taps times their masks."""
+        return deformed_taps(x, self.conv_offset(x), self.stride)
+
+
+def deformed_taps(x: Tensor, raw: Tensor, stride: int) -> Tensor:
+    """(B, in, 9, H', W'): nine taps of x (B, in, H, W) displaced and weighted as `raw` (B, 27, H', W') says, bilinear.
+
+    Sampling is done in FP32.
+    """
+    height, width = x.shape[-2:]
+    raw = raw.float()
+    batch, _, out_h, out_w = raw.shape
+    offsets = raw[:, : 2 * TAPS].reshape(batch, TAPS, 2, out_h, out_w)
+    mask = raw[:, 2 * TAPS :].sigmoid()  # (B, 9, H', W')
+    tap_y = torch.arange(3, device=x.device, dtype=torch.float32).repeat_interleave(3)[:, None, None] - 1
+    tap_x = torch.arange(3, device=x.device, dtype=torch.float32).repeat(3)[:, None, None] - 1
+    rows = torch.arange(out_h, device=x.device, dtype=torch.float32)[None, :, None] * stride
+    cols = torch.arange(out_w, device=x.device, dtype=torch.float32)[None, None, :] * stride
+    y = rows + tap_y + offsets[:, :, 0]
+    x_pixel = cols + tap_x + offsets[:, :, 1]
+    # grid_sample with align_corners=False puts the centre of pixel i at (2 i + 1) / size - 1.
+    grid = torch.stack([(2 * x_pixel + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
+    grid = grid.reshape(batch, TAPS * out_h, out_w, 2)
+    taps = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return (taps.reshape(batch, -1, TAPS, out_h, out_w) * mask[:, None]).to(x.dtype)

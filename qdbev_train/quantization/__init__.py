@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from qdbev_train.quantization.calibrate import calibrate, post_training_quantise, tune_layers
-from qdbev_train.quantization.config import EXCEPTIONS, PARTS, Override, QuantConfig
-from qdbev_train.quantization.model import quantise_model
+from qdbev_train.quantization.config import EXCEPTIONS, PARTS, STRICT, Override, QuantConfig
+from qdbev_train.quantization.model import freeze_ranges, quantise_model
 
 __all__ = [
     "EXCEPTIONS",
     "PARTS",
+    "STRICT",
     "Override",
     "QuantConfig",
     "calibrate",
+    "freeze_ranges",
     "post_training_quantise",
     "quantise_model",
     "tune_layers",

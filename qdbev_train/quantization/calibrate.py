@@ -8,7 +8,7 @@ the output and repairs means; `post_training_quantise` does all of them in a row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,14 @@ from torch import Tensor, nn
 
 from qdbev_train.model.bevformer import BEVFormer
 from qdbev_train.quantization.config import QuantConfig
-from qdbev_train.quantization.layers import ActivationQuantiser, QuantisedConv2d, QuantisedLayer
-from qdbev_train.quantization.model import bev_quantisers, quantise_model
-from qdbev_train.quantization.ranges import Histogram, activation_scale, weight_scales
+from qdbev_train.quantization.layers import (
+    ActivationQuantiser,
+    QuantisedConv2d,
+    QuantisedDeformConv2d,
+    QuantisedLayer,
+)
+from qdbev_train.quantization.model import quantise_model
+from qdbev_train.quantization.ranges import Histogram, activation_scale
 from qdbev_train.quantization.rounding import input_covariance, round_weights
 
 if TYPE_CHECKING:
@@ -28,48 +33,63 @@ if TYPE_CHECKING:
 
 # Frames whose mean outputs are compared, all in one batch: a mean over 16 x 6 pictures is steady enough.
 CORRECTION_FRAMES = 16
-# A channel with (nearly) no weights would need a step so fine that its bias left the integers; 2^20 steps are plenty.
-BIAS_STEPS = 2.0**20
 
 
-def post_training_quantise(model: BEVFormer, frames: Iterable[Batch], config: QuantConfig) -> BEVFormer:
-    """The W4A6 (or as `config` says) student of a trained float model.
+def post_training_quantise(model: BEVFormer, frames: Collection[Batch], config: QuantConfig) -> BEVFormer:
+    """The W4A6 (or as `config` says) student of a trained model.
 
-    frames: batches in temporal order, such as a training stream gives them; all are read once and kept. The model
-    itself is changed and returned in eval mode.
+    frames: batches in temporal order, such as a training stream gives them; all are read once. Parts that are on the
+    grid already stay as they are and take part as they are: that is how progressive training switches on the next one.
+    The model itself is changed and returned in eval mode.
     """
-    batches = list(frames)
     model = quantise_model(model, config).eval()
-    histories = calibrate(model, batches, config)
-    tune_layers(model, batches, histories, config)
+    fresh = uncalibrated(model)
+    kept = calibrate(model, frames, config)
+    tune_layers(model, fresh, kept, config)
     return model
 
 
-@torch.no_grad()
-def calibrate(model: nn.Module, batches: Sequence[Batch], config: QuantConfig) -> list[Tensor | None]:
-    """Sets every scale of a quantised model from what the float network computes on `batches`.
+def uncalibrated(model: nn.Module) -> list[ActivationQuantiser | QuantisedLayer]:
+    """Everything on the grid that has no scale yet."""
+    return [
+        m
+        for m in model.modules()
+        if (isinstance(m, ActivationQuantiser) and bool(m.scale.isnan()))
+        or (isinstance(m, QuantisedLayer) and bool(m.weight_scale.isnan().any()))
+    ]
 
-    Returns for each batch the BEV map (B, cells, C) that was its history, None at the start.
+
+Kept = list[tuple["Batch", Tensor | None]]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, frames: Collection[Batch], config: QuantConfig) -> Kept:
+    """Sets every scale that there is none of yet, from what the network computes on `frames` without those.
+
+    Returns evenly spread batches, together at most CORRECTION_FRAMES frames, each with the BEV map (B, cells, C) that
+    was its history, None at the start.
     """
-    histories: list[Tensor | None] = []
-    quantisers = [m for m in model.modules() if isinstance(m, ActivationQuantiser)]
+    fresh = uncalibrated(model)
+    quantisers = [m for m in fresh if isinstance(m, ActivationQuantiser)]
     for quantiser in quantisers:
         quantiser.histogram = Histogram()
-    # One scale for every place where the BEV map is read, so that it is quantised once and not again and again.
-    shared = Histogram()
-    for quantiser in bev_quantisers(model):
-        quantiser.histogram = shared
-    with in_float(model):
+    kept: Kept = []
+    with in_float(fresh):
         previous: Tensor | None = None
-        for batch in batches:
-            histories.append(previous)
+        picked: set[int] = set()
+        for i, batch in enumerate(frames):
+            if i == 0:
+                count = max(1, min(len(frames), CORRECTION_FRAMES // len(batch.images)))
+                picked = {round(p) for p in torch.linspace(0, len(frames) - 1, count).tolist()}
+            if i in picked:
+                kept.append((batch, previous))
             previous = run_batch(model, batch, previous).bev
     for quantiser in quantisers:
         set_activation_range(quantiser, config)
-    for module in model.modules():
+    for module in fresh:
         if isinstance(module, QuantisedLayer):
-            set_weight_scale(module, config.weight_range)
-    return histories
+            module.fit_scale(config.weight_range)
+    return kept
 
 
 def run_batch(model: nn.Module, batch: Batch, previous: Tensor | None) -> Any:
@@ -91,32 +111,27 @@ def set_activation_range(quantiser: ActivationQuantiser, config: QuantConfig) ->
     assert histogram is not None
     if quantiser.non_negative is None:
         quantiser.set_sign(signed=histogram.negative)
-    step = activation_scale(
-        histogram, int(quantiser.high), config.activation_range, config.percentile, quantiser.limit
-    )
+    codes = (int(quantiser.low), int(quantiser.high))
+    step = activation_scale(histogram, codes, config.activation_range, config.percentile, quantiser.limit)
     quantiser.scale.fill_(step)
     quantiser.histogram = None
 
 
-def set_weight_scale(layer: QuantisedLayer, method: str) -> None:
-    """Steps of every output channel; the input's scale has to be there already."""
-    scale = weight_scales(layer.weight, layer.bits, method)
-    finest = layer.bias.detach().abs() / (layer.input_quantiser.scale * BIAS_STEPS)
-    layer.weight_scale.copy_(torch.maximum(scale, finest))
-
-
 @torch.no_grad()
 def tune_layers(
-    model: nn.Module, batches: Sequence[Batch], histories: Sequence[Tensor | None], config: QuantConfig
+    model: nn.Module, fresh: Sequence[ActivationQuantiser | QuantisedLayer], kept: Kept, config: QuantConfig
 ) -> None:
     """Chooses weight codes by the output's error, and shifts biases so that every channel keeps its mean.
 
-    One pass over one batch tunes all layers in the order in which they run. Each sees inputs from the tuned layers
-    before it, rounding noise included: codes chosen on clean inputs were worse than the nearest ones. (Bias correction:
-    Nagel et al. 2019, "Data-free quantization".)
+    `fresh` is what was just switched on: its layers are tuned, towards what the network computed without it. One pass
+    over one batch tunes all layers in the order in which they run. Each sees inputs from the tuned layers before it,
+    rounding noise included: codes chosen on clean inputs were worse than the nearest ones. (Bias correction: Nagel et
+    al. 2019, "Data-free quantization".)
     """
-    batch, history = _joined(batches, histories)
-    layers = [m for m in model.modules() if isinstance(m, QuantisedLayer)]
+    if config.weight_rounding == "nearest" and not config.bias_correction:
+        return
+    batch, history = _joined(kept)
+    layers = [m for m in fresh if isinstance(m, QuantisedLayer)]
     wanted: dict[nn.Module, Tensor] = {}
 
     def remember(layer: nn.Module, _: Any, output: Tensor) -> None:
@@ -125,53 +140,52 @@ def tune_layers(
     def tune(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, QuantisedLayer)
         if config.weight_rounding == "output":
-            round_weights(layer, input_covariance(layer, inputs[0]))
-            output = layer.forward(inputs[0])
+            round_weights(layer, input_covariance(layer, inputs))
+            output = layer.forward(*inputs)
         if config.bias_correction:
             layer.bias.add_(wanted[layer] - _channel_mean(layer, output))
-            output = layer.forward(inputs[0])
+            output = layer.forward(*inputs)
         return output
 
-    with in_float(model), _hooks(layers, remember):
+    with in_float(fresh), _hooks(layers, remember):
         run_batch(model, batch, history)
     with _hooks(layers, tune):
         run_batch(model, batch, history)
 
 
 def _channel_mean(layer: nn.Module, output: Tensor) -> Tensor:
-    return output.mean((0, 2, 3)) if isinstance(layer, QuantisedConv2d) else output.flatten(0, -2).mean(0)
+    pictures = isinstance(layer, (QuantisedConv2d, QuantisedDeformConv2d))
+    return output.mean((0, 2, 3)) if pictures else output.flatten(0, -2).mean(0)
 
 
-def _joined(batches: Sequence[Batch], histories: Sequence[Tensor | None]) -> tuple[Batch, Tensor | None]:
-    """Evenly spread batches as one, at most CORRECTION_FRAMES frames, the histories with them."""
-    count = max(1, min(len(batches), CORRECTION_FRAMES // len(batches[0].images)))
-    picked = [round(i) for i in torch.linspace(0, len(batches) - 1, count).tolist()]
-    some = next((h for i in picked if (h := histories[i]) is not None), None)
-    parts = [batches[i] for i in picked]
+def _joined(kept: Kept) -> tuple[Batch, Tensor | None]:
+    """The batches as one, the histories with them."""
+    parts = [batch for batch, _ in kept]
+    histories = [history for _, history in kept]
+    some = next((h for h in histories if h is not None), None)
     joined = replace(
         parts[0],
         images=torch.cat([p.images for p in parts]),
         lidar2img=torch.cat([p.lidar2img for p in parts]),
         can_bus=torch.cat([p.can_bus for p in parts]),
-        is_first=torch.cat([p.is_first | (histories[i] is None) for i, p in zip(picked, parts, strict=True)]),
+        is_first=torch.cat([p.is_first | (h is None) for p, h in zip(parts, histories, strict=True)]),
     )
     if some is None:
         return joined, None
-    filled = [torch.zeros_like(some) if (h := histories[i]) is None else h for i in picked]
-    return joined, torch.cat(filled)
+    return joined, torch.cat([torch.zeros_like(some) if h is None else h for h in histories])
 
 
 @contextmanager
-def in_float(model: nn.Module) -> Iterator[None]:
-    """Within, the quantised model computes in float, as if nothing were quantised."""
-    modules = [m for m in model.modules() if isinstance(m, (ActivationQuantiser, QuantisedLayer))]
-    before = [m.active for m in modules]
-    for module in modules:
+def in_float(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, the quantisers and quantised layers among `modules` compute in float, as if nothing were quantised."""
+    switched = [m for m in modules if isinstance(m, (ActivationQuantiser, QuantisedLayer))]
+    before = [m.active for m in switched]
+    for module in switched:
         module.active = False
     try:
         yield
     finally:
-        for module, active in zip(modules, before, strict=True):
+        for module, active in zip(switched, before, strict=True):
             module.active = active
 
 

@@ -42,7 +42,10 @@ EXCEPTIONS = (
         "*.can_bus_mlp.*", FLOAT, FLOAT, "can_bus mixes metres, unit quaternions and degrees in one vector"
     ),
     Override("*.reference_points", FLOAT, FLOAT, "works on constants: engines compute it once, at load"),
+    Override("*.conv_offset", 8, 8, "says where a deformable convolution looks: a pixel's fraction matters"),
 )
+# What stays out even where every layer is asked for.
+STRICT = tuple(o for o in EXCEPTIONS if o.pattern == "*.reference_points")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class QuantConfig:
 
     weight_range: "minmax" (the paper's) or "mse" · weight_rounding: "nearest", or "output" for the codes with the least
     error at the layer's output (in post-training quantisation) · activation_range: "minmax", "percentile" or "mse" ·
-    bias_correction: shift biases so that the mean output of every channel is that of the float model
+    bias_correction: shift biases so that the mean output of every channel is that of the float model ·
+    scales: what they do in training: "fixed" as calibrated, "running" (min-max ranges that follow the weights and, with
+    `momentum`, the activations: the paper's), or "learned" (LSQ: steps are parameters)
     """
 
     parts: tuple[str, ...] = PARTS
@@ -63,6 +68,8 @@ class QuantConfig:
     activation_range: str = "mse"
     percentile: float = 99.99
     bias_correction: bool = True
+    scales: str = "fixed"
+    momentum: float = 0.95
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts if part not in PARTS]
@@ -70,15 +77,20 @@ class QuantConfig:
             raise ConfigError(f"quantisation: unknown parts {unknown}; known: {list(PARTS)}")
         if self.weight_bits not in BITS[:-1] or self.activation_bits not in BITS[:-1]:
             raise ConfigError("quantisation: weight_bits and activation_bits must be 2 to 8")
-        if self.weight_range not in ("minmax", "mse"):
-            raise ConfigError(f"quantisation: weight_range {self.weight_range!r}; use 'minmax' or 'mse'")
-        if self.weight_rounding not in ("nearest", "output"):
+        choices = {
+            "weight_range": ("minmax", "mse"),
+            "weight_rounding": ("nearest", "output"),
+            "activation_range": ("minmax", "percentile", "mse"),
+            "scales": ("fixed", "running", "learned"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ConfigError(f"quantisation: {key} {getattr(self, key)!r}; use one of {list(allowed)}")
+        if self.scales == "running" and (self.weight_range, self.activation_range) != ("minmax", "minmax"):
+            raise ConfigError("quantisation: running scales are min-max ranges; set both ranges to 'minmax'")
+        if not 0.0 < self.momentum < 1.0 or not 0.0 < self.percentile <= 100.0:
             raise ConfigError(
-                f"quantisation: weight_rounding {self.weight_rounding!r}; use 'nearest' or 'output'"
-            )
-        if self.activation_range not in ("minmax", "percentile", "mse"):
-            raise ConfigError(
-                f"quantisation: activation_range {self.activation_range!r}; use 'minmax', 'percentile' or 'mse'"
+                "quantisation: momentum must be between 0 and 1, percentile above 0 and at most 100"
             )
 
     def override(self, name: str) -> Override | None:

@@ -15,12 +15,17 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from qdbev_ros.core.errors import ConfigError
 from qdbev_train.model.dcn import ModulatedDeformConv2d
 from qdbev_train.model.layers import fold_batchnorm
 from qdbev_train.quantization.config import FLOAT, QuantConfig
-from qdbev_train.quantization.layers import ActivationQuantiser, QuantisedConv2d, QuantisedLayer
+from qdbev_train.quantization.layers import (
+    ActivationQuantiser,
+    QuantisedConv2d,
+    QuantisedDeformConv2d,
+    QuantisedLayer,
+)
 
+Convolution = QuantisedConv2d | QuantisedDeformConv2d
 _SUMS = (operator.add, operator.iadd, torch.add)
 _RELUS = {F.relu: float("inf"), torch.relu: float("inf"), F.relu6: 6.0}
 # The values that come out are among those that go in, so the grid stays the same.
@@ -73,14 +78,12 @@ def _replace_convolutions(part: nn.Module, name: str, config: QuantConfig) -> No
     """Swaps every convolution that the configuration quantises, its BatchNorm folded in."""
     for path, parent in list(part.named_modules()):
         if isinstance(parent, ModulatedDeformConv2d):
-            raise ConfigError(
-                f"{name}.{path}: a deformable convolution cannot be quantised; leave out this part"
-            )
+            continue  # its own convolution was swapped with it
         children = list(parent.named_children())
         for i, (key, child) in enumerate(children):
             full = ".".join(filter(None, (name, path, key)))
-            weight_bits, _ = config.bits(full)
-            if not isinstance(child, nn.Conv2d) or weight_bits == FLOAT:
+            bits, _ = config.bits(full)
+            if not isinstance(child, (nn.Conv2d, ModulatedDeformConv2d)) or bits == FLOAT:
                 continue
             follower = children[i + 1] if i + 1 < len(children) else ("", None)
             weight, bias = child.weight, child.bias
@@ -88,7 +91,11 @@ def _replace_convolutions(part: nn.Module, name: str, config: QuantConfig) -> No
                 weight, bias = fold_batchnorm(child, follower[1])
                 weight = weight.detach().requires_grad_(child.weight.requires_grad)
                 setattr(parent, follower[0], nn.Identity())
-            setattr(parent, key, QuantisedConv2d(child, weight, bias, weight_bits))
+            if isinstance(child, nn.Conv2d):
+                setattr(parent, key, QuantisedConv2d(child, weight, bias, bits))
+            else:
+                offset_bits, _ = config.bits(f"{full}.conv_offset")
+                setattr(parent, key, QuantisedDeformConv2d(child, weight, bias, bits, offset_bits))
 
 
 class _Placement:
@@ -118,9 +125,9 @@ class _Placement:
     def _target(self, node: fx.Node) -> nn.Module | None:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def _convolution(self, node: fx.Node) -> QuantisedConv2d | None:
+    def _convolution(self, node: fx.Node) -> Convolution | None:
         target = self._target(node)
-        return target if isinstance(target, QuantisedConv2d) else None
+        return target if isinstance(target, Convolution) else None
 
     def _convolution_node(self, node: fx.Node) -> None:
         source = node.args[0]
@@ -130,7 +137,23 @@ class _Placement:
         convolution = self._convolution(node)
         assert convolution is not None
         convolution.reads_from(self.grid[source])
+        if isinstance(convolution, QuantisedDeformConv2d):
+            self._finer_input(node, source, convolution)
         self._behind(node, str(node.target).replace(".", "_"))
+
+    def _finer_input(self, node: fx.Node, source: fx.Node, convolution: QuantisedDeformConv2d) -> None:
+        """Gives the offset branch the input on a grid of its own, from before the first quantiser."""
+        coarse = self.grid[source]
+        _, bits = self.config.bits(f"{self.name}.{node.target}.conv_offset")
+        quantiser = ActivationQuantiser(bits, coarse.non_negative, coarse.limit)
+        target = f"{source.target}_offset"
+        self.module.add_submodule(target, quantiser)
+        before = source.args[0]
+        assert isinstance(before, fx.Node)
+        with self.module.graph.inserting_after(source):
+            finer = self.module.graph.call_module(target, (before,))
+        node.args = (source, finer)
+        convolution.conv_offset.reads_from(quantiser)
 
     def _behind(self, node: fx.Node, label: str) -> None:
         """Quantises the value of `node`, behind the ReLU that follows it if nothing else reads it."""

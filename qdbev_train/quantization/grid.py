@@ -27,15 +27,29 @@ class _FakeQuantise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        codes = torch.round(x / scale)
-        ctx.save_for_backward((codes >= low) & (codes <= high))
-        return codes.clamp(low, high) * scale
+        # In float32 whatever comes in: half precision has no room for a code and its remainder.
+        ratio = x.float() / scale
+        codes = torch.round(ratio)
+        inside = (codes >= low) & (codes <= high)
+        codes = codes.clamp(low, high)
+        ctx.learned = ctx.needs_input_grad[1]
+        if ctx.learned:
+            ctx.shape = scale.shape
+            ctx.save_for_backward(inside, torch.where(inside, codes - ratio, codes), high)
+        else:
+            ctx.save_for_backward(inside)
+        return codes * scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         # Straight through inside the range, nothing where the value was cut off.
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None
+        inside, *learned = ctx.saved_tensors
+        if not learned:
+            return grad * inside, None, None, None
+        slope, high = learned
+        # Esser et al. 2020: without the factor a step, which all of a tensor pulls at, would outrun the weights.
+        factor = torch.rsqrt(high * inside[0].numel())
+        return grad * inside, (grad * slope).sum_to_size(ctx.shape) * factor, None, None
 
     @staticmethod
     def symbolic(g: Any, x: Any, scale: Any, low: Any, high: Any) -> Any:
@@ -45,8 +59,10 @@ class _FakeQuantise(torch.autograd.Function):
 def fake_quantise(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """x on the grid: clamp(round(x / scale), low, high) * scale.
 
-    scale broadcasts against x: a scalar for activations, (out, 1, ...) for weights, (out,) for biases. low and high
-    are scalar tensors. The gradient with respect to x is 1 inside the range and 0 outside; scales have none.
+    scale broadcasts against x: a scalar for activations, (out, 1, ...) for weights, (out,) for biases. low and high are
+    scalar tensors. The gradient with respect to x is 1 inside the range and 0 outside. A scale that is learned gets
+    LSQ's: (code - x / scale) inside, the code outside, summed over what it scales and times 1 / sqrt(n * high), n being
+    the numbers in one element of x's first axis (a weight's output channel, a picture, a map).
     """
     return _FakeQuantise.apply(x, scale, low, high)
 

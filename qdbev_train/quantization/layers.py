@@ -3,7 +3,8 @@
 
 State of a layer (all saved with the checkpoint): `weight`, `bias` as trained in float; `weight_scale` (out,),
 `weight_low`, `weight_high`. State of an activation quantiser: `scale`, `low`, `high`. Scales are NaN until calibrated,
-so that a forgotten calibration shows at once.
+so that a forgotten calibration shows at once. In training they stay as calibrated, follow what passes ("running"), or
+are parameters ("learned"); their names are the same, so that a checkpoint does not depend on it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qdbev_train.model.dcn import ModulatedDeformConv2d, deformed_taps
 from qdbev_train.model.decoder import PackedAttention
 from qdbev_train.quantization.grid import BIAS_LIMIT, code_range, fake_quantise, per_channel
-from qdbev_train.quantization.ranges import Histogram
+from qdbev_train.quantization.ranges import Histogram, symmetric_step, weight_scales
+
+# A channel with (nearly) no weights would need a step so fine that its bias left the integers; 2^20 steps are plenty.
+BIAS_STEPS = 2.0**20
 
 
 class ActivationQuantiser(nn.Module):
     """One tensor's 6-bit (or `bits`-bit) grid. Passes values through unchanged while `histogram` collects them.
 
     non_negative: True where an operation guarantees it (after ReLU), None where calibration finds out. limit: largest
-    possible value (6 after ReLU6).
+    possible value (6 after ReLU6). momentum: of the running range in training, 0 for a range that stays. frozen: the
+    running range stands still.
     """
 
     scale: Tensor
@@ -34,6 +40,8 @@ class ActivationQuantiser(nn.Module):
         self.non_negative = non_negative
         self.limit = limit
         self.active = True
+        self.momentum = 0.0
+        self.frozen = False
         self.histogram: Histogram | None = None
         low, high = code_range(bits, signed=not non_negative)
         self.register_buffer("scale", torch.tensor(float("nan")))
@@ -50,7 +58,22 @@ class ActivationQuantiser(nn.Module):
         """x of any shape; the same shape."""
         if self.histogram is not None:
             self.histogram.add(x)
-        return fake_quantise(x, self.scale, self.low, self.high) if self.active else x
+        if not self.active:
+            return x
+        if self.momentum:
+            self.follow(x, self.momentum)
+        return fake_quantise(x, self.scale, self.low, self.high)
+
+    @torch.no_grad()
+    def follow(self, x: Tensor, momentum: float) -> None:
+        """Moves the scale towards the range of x in training, unless it is frozen."""
+        if self.training and not self.frozen:
+            step = symmetric_step(x.abs().amax().clamp(1e-6, self.limit), self.low, self.high)
+            self.scale.lerp_(step, 1.0 - momentum)
+
+    def learn_scale(self) -> None:
+        """Makes the scale a parameter, under its name."""
+        _to_parameter(self, "scale")
 
     def extra_repr(self) -> str:
         return f"codes {int(self.low)}..{int(self.high)}, scale {float(self.scale):.4g}"
@@ -68,6 +91,7 @@ class QuantisedLayer(nn.Module):
         super().__init__()
         self.bits = bits
         self.active = True
+        self.follows_weight = False
         trained = weight.requires_grad
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=trained)
         # A bias is always there: bias correction needs it, and integer convolutions get it for nothing.
@@ -89,13 +113,27 @@ class QuantisedLayer(nn.Module):
     def input_quantiser(self) -> ActivationQuantiser:
         return self._input[0]
 
+    @torch.no_grad()
+    def fit_scale(self, method: str) -> None:
+        """Sets the steps of every output channel by the range of its weights; the input's scale must be known."""
+        scale = weight_scales(self.weight, self.bits, method)
+        finest = self.bias.abs() / (self.input_quantiser.scale * BIAS_STEPS)
+        self.weight_scale.copy_(torch.maximum(scale, finest))
+
+    def learn_scale(self) -> None:
+        """Makes the steps parameters, under their name."""
+        _to_parameter(self, "weight_scale")
+
     def parameters_on_grid(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) as the integer engine has them, or as they are while the layer is inactive."""
         if not self.active:
             return self.weight, self.bias
+        if self.follows_weight and self.training:
+            self.fit_scale("minmax")
         scale = per_channel(self.weight_scale, self.weight)
         weight = fake_quantise(self.weight, scale, self.weight_low, self.weight_high)
-        bias_scale = self.input_quantiser.scale * self.weight_scale
+        # Bias codes are so fine that their rounding says nothing about the steps: no gradient from here.
+        bias_scale = (self.input_quantiser.scale * self.weight_scale).detach()
         return weight, fake_quantise(self.bias, bias_scale, -self.bias_limit, self.bias_limit)
 
 
@@ -116,6 +154,31 @@ class QuantisedConv2d(QuantisedLayer):
         """(B, C, H, W) -> (B, C', H', W')."""
         weight, bias = self.parameters_on_grid()
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantisedDeformConv2d(QuantisedLayer):
+    """A deformable convolution (DCNv2): weight and input on the grid, its taps read in between the input's pixels.
+
+    `conv_offset`, which says where, is a quantised convolution with bits and an input quantiser of its own.
+    """
+
+    def __init__(
+        self, conv: ModulatedDeformConv2d, weight: Tensor, bias: Tensor | None, bits: int, offset_bits: int
+    ) -> None:
+        super().__init__(weight, bias, bits)
+        self.stride = conv.stride
+        offset = conv.conv_offset
+        self.conv_offset = QuantisedConv2d(offset, offset.weight, offset.bias, offset_bits)
+
+    def columns(self, x: Tensor, finer: Tensor) -> Tensor:
+        """(B, in, 9, H', W') taps of x (B, in, H, W); `finer` is the same map on the grid of conv_offset."""
+        return deformed_taps(x, self.conv_offset(finer), self.stride)
+
+    def forward(self, x: Tensor, finer: Tensor) -> Tensor:
+        """(B, in, H, W) twice, see `columns` -> (B, out, H', W')."""
+        weight, bias = self.parameters_on_grid()
+        out = torch.einsum("oct,bcthw->bohw", weight.flatten(2), self.columns(x, finer))
+        return out + bias[:, None, None]
 
 
 class QuantisedLinear(QuantisedLayer):
@@ -150,6 +213,14 @@ class QuantisedPackedAttention(nn.Module):
         return self.out_proj(
             attend(q, k, self.value(value), self.heads, may_attend, self.dropout * self.training)
         )
+
+
+def _to_parameter(module: nn.Module, name: str) -> None:
+    """Turns a buffer into a parameter under the same key; one that is a parameter already stays."""
+    value = getattr(module, name)
+    if not isinstance(value, nn.Parameter):
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, may_attend: Tensor | None, dropout: float) -> Tensor:

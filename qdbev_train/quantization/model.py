@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,7 +13,12 @@ from qdbev_train.model.bevformer import BEVFormer
 from qdbev_train.model.decoder import PackedAttention
 from qdbev_train.quantization.config import FLOAT, QuantConfig
 from qdbev_train.quantization.convolutions import output_quantisers, quantise_convolutions
-from qdbev_train.quantization.layers import ActivationQuantiser, QuantisedLinear, QuantisedPackedAttention
+from qdbev_train.quantization.layers import (
+    ActivationQuantiser,
+    QuantisedLayer,
+    QuantisedLinear,
+    QuantisedPackedAttention,
+)
 
 # Where the linears of a part are. The branches belong to the decoder, the can_bus network to the encoder.
 _LINEARS = {
@@ -25,9 +31,8 @@ _LINEARS = {
     ),
 }
 _BEV_READERS = (
-    "pts_bbox_head.transformer.encoder.bev_quantiser",
-    "pts_bbox_head.transformer.encoder.layers.*.attentions.0.value_proj.activation",
-    "pts_bbox_head.transformer.decoder.layers.*.attentions.1.value_proj.activation",
+    "pts_bbox_head.transformer.encoder.layers.*.attentions.0.value_proj",
+    "pts_bbox_head.transformer.decoder.layers.*.attentions.1.value_proj",
 )
 
 
@@ -49,16 +54,60 @@ def quantise_model(model: BEVFormer, config: QuantConfig) -> BEVFormer:
     encoder = model.pts_bbox_head.transformer.encoder
     if "encoder" in config.parts and not hasattr(encoder, "bev_quantiser"):
         encoder.bev_quantiser = ActivationQuantiser(config.activation_bits)
-        encoder.register_forward_hook(_quantise_bev)
+        momentum = config.momentum if config.scales == "running" else 0.0
+        encoder.register_forward_hook(partial(_quantise_bev, momentum=momentum))
     for part in ("encoder", "decoder"):
         if part in config.parts:
             _quantise_linears(model, _LINEARS[part], config)
+    _share_bev_quantiser(model)
+    _set_scales(model, config)
     return model
 
 
-def _quantise_bev(encoder: nn.Module, _: Any, bev: Tensor) -> Tensor:
+def _quantise_bev(encoder: nn.Module, _: Any, bev: Tensor, momentum: float) -> Tensor:
     """What the decoder sees, and what comes back as the next frame's history, lies on the grid."""
-    return encoder.get_submodule("bev_quantiser")(bev)
+    quantiser = encoder.get_submodule("bev_quantiser")
+    assert isinstance(quantiser, ActivationQuantiser)
+    if quantiser.active and momentum:
+        quantiser.follow(bev, momentum)
+    return quantiser(bev)
+
+
+def _share_bev_quantiser(model: BEVFormer) -> None:
+    """One quantiser, and so one scale, wherever the BEV map is read: it is quantised once and not again and again."""
+    readers = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantisedLinear) and any(fnmatchcase(name, p) for p in _BEV_READERS):
+            readers.append(module)
+    if not readers:
+        return
+    encoder = model.pts_bbox_head.transformer.encoder
+    shared = getattr(encoder, "bev_quantiser", readers[0].activation)
+    assert isinstance(shared, ActivationQuantiser)
+    for reader in readers:
+        if reader.activation.bits == shared.bits:  # an override may ask for another grid
+            reader.activation = shared
+            reader.reads_from(shared)
+
+
+def _set_scales(model: BEVFormer, config: QuantConfig) -> None:
+    """Makes scales behave in training as `config.scales` says."""
+    shared = getattr(model.pts_bbox_head.transformer.encoder, "bev_quantiser", None)
+    for module in model.modules():
+        if isinstance(module, (ActivationQuantiser, QuantisedLayer)) and config.scales == "learned":
+            module.learn_scale()
+        elif isinstance(module, ActivationQuantiser) and config.scales == "running":
+            # The shared one follows the encoder's output alone: elsewhere it sees its own, already cut off.
+            module.momentum = 0.0 if module is shared else config.momentum
+        elif isinstance(module, QuantisedLayer) and config.scales == "running":
+            module.follows_weight = True
+
+
+def freeze_ranges(model: nn.Module) -> None:
+    """Lets running ranges of activations stand still from here on; those of weights go on with their weights."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantiser):
+            module.frozen = True
 
 
 def _quantise_linears(model: nn.Module, patterns: tuple[str, ...], config: QuantConfig) -> None:
@@ -73,12 +122,3 @@ def _quantise_linears(model: nn.Module, patterns: tuple[str, ...], config: Quant
         elif isinstance(module, nn.Linear):
             linear = QuantisedLinear(module.weight, module.bias, *config.bits(name))
             setattr(parent, key, linear)
-
-
-def bev_quantisers(model: nn.Module) -> list[ActivationQuantiser]:
-    """All quantisers that see the BEV map; calibration gives them one common scale."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, ActivationQuantiser) and any(fnmatchcase(name, p) for p in _BEV_READERS)
-    ]

@@ -59,14 +59,26 @@ class Histogram:
         return float(candidates[np.argmin((error**2 * counts).sum(1))])
 
 
-def activation_scale(histogram: Histogram, high: int, method: str, percentile: float, limit: float) -> float:
-    """Step of one activation tensor; `limit` is a bound known beforehand (6 after ReLU6), or infinity."""
+def symmetric_step(peak: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The paper's step 2 |r|max / (2^bits - 1) for codes around zero, |r|max / (2^bits - 1) for codes from zero up."""
+    return torch.where(low < 0, 2.0 * peak, peak) / (high - low)
+
+
+def activation_scale(
+    histogram: Histogram, codes: tuple[int, int], method: str, percentile: float, limit: float
+) -> float:
+    """Step of one activation tensor with codes low..high.
+
+    "minmax" and "percentile" are the paper's symmetric range of the largest magnitude, or of a percentile of the
+    magnitudes; "mse" searches. `limit` is a bound known beforehand (6 after ReLU6), or infinity.
+    """
+    low, high = codes
     if histogram.peak == 0.0:
         return 1.0 / high  # a tensor of zeros: any step will do
     if method == "mse":
         return histogram.mse_scale(high, limit)
     peak = histogram.percentile(percentile) if method == "percentile" else histogram.peak
-    return min(peak, limit) / high
+    return min(peak, limit) * (2 if low < 0 else 1) / (high - low)
 
 
 def weight_scales(weight: Tensor, bits: int, method: str) -> Tensor:

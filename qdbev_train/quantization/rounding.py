@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qdbev_train.quantization.layers import QuantisedConv2d, QuantisedLayer
+from qdbev_train.quantization.layers import QuantisedConv2d, QuantisedDeformConv2d, QuantisedLayer
 
 ROUNDS = 3
 # Input vectors that a covariance is estimated from: enough of them, and a multiple of their length.
@@ -26,27 +26,33 @@ DAMPING = (
 )
 
 
-def input_covariance(layer: QuantisedLayer, x: Tensor) -> Tensor:
+def input_covariance(layer: QuantisedLayer, inputs: tuple[Tensor, ...]) -> Tensor:
     """(G, K, K), damped: covariance of the K numbers that one output channel multiplies by its K weights.
 
-    G groups: 1, or the channels of a depthwise convolution. x is the layer's input as its forward takes it; a linear's
+    G groups: 1, or the channels of a depthwise convolution. inputs are those of the layer's forward; a linear's
     quantiser is applied first.
     """
     k = layer.weight[0].numel()
     wanted = max(MIN_SAMPLES, SAMPLES_PER_WEIGHT * k)
-    if isinstance(layer, QuantisedConv2d):
-        chunks = x.split(PICTURES_AT_ONCE)
-        samples = torch.cat([_thin(_patches(layer, c, k), -(-wanted // len(chunks))) for c in chunks], dim=1)
+    if isinstance(layer, (QuantisedConv2d, QuantisedDeformConv2d)):
+        chunks = list(zip(*(x.split(PICTURES_AT_ONCE) for x in inputs), strict=True))
+        samples = torch.cat([_thin(_patches(layer, c), -(-wanted // len(chunks))) for c in chunks], dim=1)
     else:
-        samples = _thin(layer.input_quantiser(x).reshape(1, -1, k), wanted)
+        samples = _thin(layer.input_quantiser(inputs[0]).reshape(1, -1, k), wanted)
     samples = samples - samples.mean(1, keepdim=True)
     covariance = samples.transpose(1, 2) @ samples / samples.shape[1]
     damping = DAMPING * covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    return covariance + damping[:, None, None] * torch.eye(k, device=x.device)
+    return covariance + damping[:, None, None] * torch.eye(k, device=samples.device)
 
 
-def _patches(layer: QuantisedConv2d, x: Tensor, k: int) -> Tensor:
-    """(G, samples, K) of a convolution's input (B, C, H, W)."""
+def _patches(layer: QuantisedConv2d | QuantisedDeformConv2d, inputs: tuple[Tensor, ...]) -> Tensor:
+    """(G, samples, K) of a convolution's inputs (B, C, H, W)."""
+    if isinstance(layer, QuantisedDeformConv2d):
+        columns = (
+            layer.columns(*inputs).flatten(3).flatten(1, 2)
+        )  # (B, in * 9, pixels), as the weight is ordered
+        return columns.transpose(1, 2).reshape(1, -1, columns.shape[1])
+    (x,), k = inputs, layer.weight[0].numel()
     columns = F.unfold(x, layer.weight.shape[2:], layer.dilation, layer.padding, layer.stride)
     return columns.reshape(len(x), layer.groups, k, -1).permute(1, 0, 3, 2).reshape(layer.groups, -1, k)
 

@@ -86,7 +86,7 @@ def test_folding_a_batch_norm_changes_the_features_by_rounding_only() -> None:
     quantise_model(model, QuantConfig())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     batch = frames(reference, 1)[0]
-    with torch.no_grad(), in_float(model):
+    with torch.no_grad(), in_float(model.modules()):
         wanted, got = run_batch(reference, batch, None), run_batch(model, batch, None)
     for a, b in zip(wanted.image_features, got.image_features, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -245,7 +245,7 @@ def test_codes_chosen_for_the_output_lose_less_there_and_stay_in_range(groups: i
 
     with torch.no_grad():
         before = loss()
-        round_weights(layer, input_covariance(layer, pictures))
+        round_weights(layer, input_covariance(layer, (pictures,)))
         assert loss() < 0.6 * before
         codes = layer.weight / layer.weight_scale[:, None, None, None]
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
@@ -298,5 +298,5 @@ def test_packed_attention_is_the_same_attention_without_the_grid() -> None:
     attention = PackedAttention(16, 2, 0.0)
     quantised = QuantisedPackedAttention(attention, 4, 6)
     query, value = torch.randn(1, 5, 16), torch.randn(1, 5, 16)
-    with in_float(quantised):
+    with in_float(quantised.modules()):
         torch.testing.assert_close(quantised(query, value, None), attention(query, value, None))
