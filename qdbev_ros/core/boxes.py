@@ -66,10 +66,12 @@ class Boxes:
             np.stack([np.cos(self.yaws), np.sin(self.yaws), np.zeros_like(self.yaws)], axis=-1) @ rotation.T
         )
         velocity = np.concatenate([self.velocities, np.zeros((len(self), 1))], axis=-1) @ rotation.T
+        # Contiguous: for strided arrays numpy takes one of two arctan2, which differ in the last bit, by their address.
+        cos, sin = np.ascontiguousarray(heading.T[:2])
         return Boxes(
             self.centers @ rotation.T + pose.translation,
             self.sizes,
-            np.arctan2(heading[:, 1], heading[:, 0]),
+            np.arctan2(sin, cos),
             velocity[:, :2],
             self.scores,
             self.labels,

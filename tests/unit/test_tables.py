@@ -17,7 +17,8 @@ from qdbev_ros.core.geometry import quaternion_to_matrix
 from qdbev_ros.core.projection import project_points
 from qdbev_ros.core.variant import CAMERAS, CLASSES
 from qdbev_train.data.frames import mirrored, turned
-from qdbev_train.data.tables import CATEGORY_TO_CLASS, all_frames, load_scenes
+from qdbev_train.data.index_annotations import CATEGORY_TO_CLASS
+from qdbev_train.data.tables import all_frames, load_scenes
 from tests.small_dataset import SCENES, SPEED, VERSION
 
 
