@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +22,74 @@ from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.variant import Variant
 
 FORMAT = "qdbev-checkpoint-1"
+RELEASED_SUFFIXES = (".pth", ".pt", ".ckpt")  # what `qdbev import-bevformer` reads
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Writes tensors and JSON-able metadata whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = {"format": FORMAT} | {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes `path` at the end; DataError where nothing can be written."""
     temporary = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(temporary), texts)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{path}: cannot be written: {reason}") from error
+    finally:
+        with suppress(OSError):  # where the folder is none, for example
+            temporary.unlink()
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], texts: dict[str, str]) -> None:
+    """Writes tensors whole or not at all; the same tensors and texts give the same bytes."""
+    with whole_file(path) as temporary:
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(temporary), texts
+        )
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the texts of a file's header in order: safetensors writes them in another one each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        texts = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
+        ordered = json.dumps(texts | header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > size:
+            raise ValueError(f"{path}: the sorted header is longer than the one written")
+        file.seek(8)
+        file.write(ordered.ljust(size))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Writes tensors and JSON-able metadata whole or not at all."""
+    texts = {"format": FORMAT} | {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+    write_safetensors(path, tensors, texts)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and metadata of a file that `write_tensors` wrote; DataError where it is not one."""
     if not path.is_file():
-        raise DataError(f"no checkpoint at {path}")
+        raise DataError(
+            f"{path}: a folder, not a checkpoint" if path.is_dir() else f"no checkpoint at {path}"
+        )
+    if path.suffix in RELEASED_SUFFIXES:
+        raise DataError(
+            f"{path}: a PyTorch file; `qdbev import-bevformer {path} {path.stem}.safetensors` makes a checkpoint of it"
+        )
     try:
         with safe_open(str(path), "pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: not a whole safetensors file ({error})") from error
     if metadata.pop("format", None) != FORMAT:
-        raise DataError(f"{path}: a safetensors file, but not a checkpoint of this project ({FORMAT})")
+        raise DataError(
+            f"{path}: a safetensors file, but not a checkpoint of this project ({FORMAT}); "
+            "`qdbev import-bevformer` makes one of released BEVFormer weights"
+        )
     return tensors, {key: json.loads(value) for key, value in metadata.items()}
 
 
@@ -50,10 +97,21 @@ def save_model(
     path: Path, model: nn.Module, variant: Variant, provenance: dict[str, Any], quantisation: Any
 ) -> None:
     """Writes a model file; `quantisation` is the quantiser's configuration as plain data, None for a float model."""
+    write_model(path, dict(model.state_dict()), variant, provenance, quantisation)
+
+
+def write_model(
+    path: Path,
+    state: Mapping[str, Tensor],
+    variant: Variant,
+    provenance: dict[str, Any],
+    quantisation: Any = None,
+) -> None:
+    """`save_model` of a state dict that needs no model around it."""
     metadata = {"variant": variant.to_dict(), "provenance": provenance}
     if quantisation is not None:
         metadata["quantisation"] = quantisation
-    write_tensors(path, dict(model.state_dict()), metadata)
+    write_tensors(path, state, metadata)
 
 
 def load_model(path: str | Path) -> tuple[Any, Variant, dict[str, Any]]:

@@ -16,6 +16,7 @@ COMMANDS = (
     "qdbev_train.synthetic.command",
     "qdbev_train.training.command",
     "qdbev_train.training.compress_command",
+    "qdbev_train.released.command",
     "qdbev_train.export.command",
     "qdbev_train.evaluation.command",
     "qdbev_train.evaluation.score_command",

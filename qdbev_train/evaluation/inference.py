@@ -23,7 +23,7 @@ def open_engine(model: Path) -> Engine:
         from qdbev_ros.engine import load_package
 
         return load_package(model)
-    if model.suffix == ".safetensors":
+    if model.suffix in (".safetensors", ".pth", ".pt", ".ckpt"):  # the last three are refused with advice
         from qdbev_train.evaluation.torch_engine import TorchEngine
 
         return TorchEngine(model)

@@ -34,13 +34,14 @@ def run_as(monkeypatch: pytest.MonkeyPatch, work: Callable[[Any], Any]) -> int:
 
 def test_every_command_shows_an_example() -> None:
     commands = subcommands()
-    assert {"synth", "train", "compress", "export", "inspect", "eval", "score", "bag"} <= set(commands)
+    wanted = {"synth", "train", "compress", "export", "inspect", "eval", "score", "bag"}
+    assert wanted | {"import-bevformer", "export-bevformer"} <= set(commands)
     for name, parser in commands.items():
         assert f"qdbev {name}" in (parser.epilog or ""), name
 
 
 def test_commands_that_yield_numbers_write_them_as_json() -> None:
-    for name in ("eval", "score", "inspect"):
+    for name in ("eval", "score", "inspect", "import-bevformer", "export-bevformer"):
         assert "--json" in subcommands()[name].format_help()
 
 
