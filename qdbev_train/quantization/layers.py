@@ -76,7 +76,7 @@ class ActivationQuantiser(nn.Module):
         _to_parameter(self, "scale")
 
     def extra_repr(self) -> str:
-        return f"codes {int(self.low)}..{int(self.high)}, scale {float(self.scale):.4g}"
+        return f"codes {int(self.low)}..{int(self.high)}, scale {float(self.scale.detach()):.4g}"
 
 
 class QuantisedLayer(nn.Module):

@@ -64,5 +64,5 @@ def _layer(name: str, layer: QuantisedLayer) -> dict[str, Any]:
         "weight_bits": layer.bits,
         "activation_bits": source.bits,
         "activation_codes": [int(source.low), int(source.high)],
-        "activation_scale": float(source.scale),
+        "activation_scale": float(source.scale.detach()),
     }
