@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from qdbev_ros.core.memory import TemporalMemory
 from qdbev_ros.core.preprocess import Picture, decode_picture, normalise_picture, resize_picture
 from qdbev_ros.core.projection import scale_to_input, stack_lidar2img
 from qdbev_ros.core.variant import Variant
+from qdbev_train.data.augment import Augmentation, blank_grid, vary_picture
 from qdbev_train.data.frames import CameraFrame, Frame, mirrored, turned
 
 NO_MAP = np.zeros((0, 0), np.float32)  # stands for the map that the training loop keeps itself
@@ -48,27 +48,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """What is varied, drawn once for a visit to a scene (light: once for a picture). Plain data are not varied.
-
-    mirror: probability of exchanging left and right · turn: the global frame gets a random heading · light: largest
-    relative change of brightness and contrast, and of saturation
-    """
-
-    mirror: float = 0.0
-    turn: bool = False
-    light: float = 0.0
-
-
-@dataclass(frozen=True)
 class Ticket:
-    """One frame of one row, to be decoded: everything that depends on the order is settled."""
+    """One frame of one row, to be decoded: everything that depends on the order is settled.
+
+    picture_seed: of the pictures' variation, None for none · mask_seed: of the grid that is blanked out, likewise
+    """
 
     frame: Frame
     can_bus: NDArray[np.float32]
     is_first: bool
     flip: bool
-    light_seed: int | None
+    picture_seed: int | None
+    mask_seed: int | None = None
+
+
+Visit = tuple[Sequence[Frame], np.random.Generator]
 
 
 class StreamDataset:
@@ -76,7 +70,8 @@ class StreamDataset:
 
     Each stream visits scenes in random order, every scene of an epoch exactly once over all streams, and plays a
     scene's frames in time order. The order depends on `seed` alone: `start_step` skips batches without decoding
-    them, for a resumed run, which begins with is_first everywhere because its maps are gone.
+    them, for a resumed run, which has its maps still. Of `processes`, number `rank` takes its `batch` rows of the
+    `processes * batch` that there are.
     """
 
     def __init__(
@@ -88,12 +83,15 @@ class StreamDataset:
         start_step: int = 0,
         augmentation: Augmentation | None = None,
         workers: int = 2,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         if not frames_by_scene:
             raise DataError("no scene to train on")
-        self._scenes = [tuple(frames_by_scene[name]) for name in sorted(frames_by_scene)]
+        self._scenes = [frames_by_scene[name] for name in sorted(frames_by_scene)]
         self._variant, self._batch, self._seed = variant, batch, seed
         self._start_step, self._workers = start_step, workers
+        self._rank, self._processes = rank, processes
         self._augmentation = augmentation or Augmentation()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -103,26 +101,29 @@ class StreamDataset:
         try:
             while True:
                 while len(pending) < 2 * self._workers:
-                    pending.append(
-                        pool.submit(assemble, next(steps), self._variant, self._augmentation.light)
-                    )
+                    pending.append(pool.submit(assemble, next(steps), self._variant, self._augmentation))
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _tickets(self) -> Iterator[list[Ticket]]:
         order = self._scene_order()
-        streams = [_Stream(order, b, self._variant, self._augmentation) for b in range(self._batch)]
+        rows = self._processes * self._batch
+        streams = [_Stream(order, b, self._variant, self._augmentation) for b in range(rows)]
         # Streams that began together would all end together: most of their scenes begin somewhere inside.
         for b, stream in enumerate(streams):
-            stream.skip(b * stream.remaining // self._batch)
+            stream.begin_at(b * stream.remaining // rows)
         for _ in range(self._start_step):
             for stream in streams:
-                stream.skip(1)
+                stream.skip()
+        own = slice(self._rank * self._batch, (self._rank + 1) * self._batch)
         while True:
-            yield [stream.take() for stream in streams]
+            # Streams draw from one order of scenes, so those of other processes must go on, too.
+            for stream in (*streams[: own.start], *streams[own.stop :]):
+                stream.skip()
+            yield [stream.take() for stream in streams[own]]
 
-    def _scene_order(self) -> Iterator[tuple[tuple[Frame, ...], np.random.Generator]]:
+    def _scene_order(self) -> Iterator[Visit]:
         """(scene, random generator for its visit) without end, each epoch in a new order."""
         visit = 0
         while True:
@@ -137,15 +138,16 @@ class _Stream:
 
     def __init__(
         self,
-        order: Iterator[tuple[tuple[Frame, ...], np.random.Generator]],
+        order: Iterator[Visit],
         number: int,
         variant: Variant,
         augmentation: Augmentation,
     ) -> None:
         self._order, self._augmentation = order, augmentation
         self._memory = TemporalMemory(variant.temporal)
-        self._frames: tuple[Frame, ...] = ()
-        self._position = 0
+        self._frames: Sequence[Frame] = ()
+        self._position = 0  # of the next frame
+        self._settled = 0  # frames of this visit that the memory and the random numbers have seen
         self._visits = number << 32  # a name for each visit: the same scene twice in a row is a new drive
         self._fetch()
 
@@ -153,49 +155,59 @@ class _Stream:
     def remaining(self) -> int:
         return len(self._frames) - self._position
 
-    def skip(self, frames: int) -> None:
-        """Goes on without decoding; what follows has no history."""
-        for _ in range(frames):
-            if not self.remaining:
-                self._fetch()
-            self._position += 1
+    def begin_at(self, position: int) -> None:
+        """Leaves out the first frames of this visit, as if there were none."""
+        self._position = self._settled = position
+
+    def skip(self) -> None:
+        """Goes on by a frame without making it; costs next to nothing for visits that end before the next `take`."""
+        if not self.remaining:
+            self._fetch()
+        self._position += 1
 
     def take(self) -> Ticket:
         if not self.remaining:
             self._fetch()
-        frame = self._frames[self._position]
+        for position in range(self._settled, self._position):
+            self._make(position)
+        ticket = self._make(self._position)
         self._position += 1
+        self._settled = self._position
+        return ticket
+
+    def _make(self, position: int) -> Ticket:
+        frame = self._frames[position]
         if self._flip:
             frame = mirrored(frame)
         if self._yaw is not None:
             frame = turned(frame, self._yaw)
         step = self._memory.step(frame.stamp_ns, frame.ego2global, str(self._visits), frame.can_dynamics)
         self._memory.store(NO_MAP)
-        light_seed = int(self._rng.integers(2**31)) if self._augmentation.light else None
-        return Ticket(frame, step.can_bus, step.prev_bev is None, self._flip, light_seed)
+        seed = int(self._rng.integers(2**31)) if self._augmentation.varies_pictures else None
+        return Ticket(frame, step.can_bus, step.prev_bev is None, self._flip, seed)
 
     def _fetch(self) -> None:
         self._frames, self._rng = next(self._order)
-        self._position = 0
+        self._position = self._settled = 0
         self._visits += 1
         self._flip = bool(self._rng.random() < self._augmentation.mirror)
         self._yaw = float(self._rng.uniform(-np.pi, np.pi)) if self._augmentation.turn else None
 
 
 def frame_images(
-    frame: Frame, variant: Variant, flip: bool = False, light: tuple[float, int] | None = None
+    frame: Frame, variant: Variant, flip: bool = False, variation: tuple[Augmentation, int] | None = None
 ) -> NDArray[np.float32]:
     """(N, 3, H, W) float32 input of one frame. `flip` turns every picture left-right, for a frame that was `mirrored`;
-    `light` is (strength, seed) of the light variation."""
+    `variation` is how and with which seed the look of the pictures varies."""
     spec = variant.image
     images = np.zeros((len(frame.cameras), 3, spec.padded_height, spec.padded_width), np.float32)
-    rng = None if light is None else np.random.default_rng(light[1])
+    rng = None if variation is None else np.random.default_rng(variation[1])
     for image, camera in zip(images, frame.cameras):
         picture = _read_picture(camera, variant)
         if flip:
             picture = np.ascontiguousarray(picture[:, ::-1])
-        if light is not None and rng is not None:
-            picture = _vary_light(picture, rng, light[0])
+        if variation is not None and rng is not None:
+            picture = vary_picture(picture, variation[0], rng)
         normalise_picture(picture, spec, out=image)
     return images
 
@@ -225,20 +237,15 @@ def _read_picture(camera: CameraFrame, variant: Variant) -> Picture:
     return resize_picture(picture, variant.image)
 
 
-def _vary_light(picture: Picture, rng: np.random.Generator, strength: float) -> Picture:
-    contrast, brightness, saturation = 1 + strength * rng.uniform(-1, 1, 3)
-    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    # Mid grey stays where brightness puts it, whatever the contrast; one call, so that it saturates once.
-    offset = 128 * (brightness - contrast)
-    return cv2.addWeighted(picture, contrast * saturation, grey, contrast * (1 - saturation), offset)  # type: ignore[return-value]
-
-
-def assemble(tickets: list[Ticket], variant: Variant, light: float) -> Batch:
-    """Decodes one frame of every row into a batch; `light` is the strength of its variation."""
+def assemble(tickets: list[Ticket], variant: Variant, augmentation: Augmentation) -> Batch:
+    """Decodes one frame of every row into a batch."""
     images, matrices, codes, labels = [], [], [], []
     for ticket in tickets:
-        variation = None if ticket.light_seed is None else (light, ticket.light_seed)
-        images.append(frame_images(ticket.frame, variant, ticket.flip, variation))
+        variation = None if ticket.picture_seed is None else (augmentation, ticket.picture_seed)
+        image = frame_images(ticket.frame, variant, ticket.flip, variation)
+        if ticket.mask_seed is not None:
+            blank_grid(image, variant, np.random.default_rng(ticket.mask_seed))
+        images.append(image)
         matrices.append(frame_lidar2img(ticket.frame, variant))
         code, label = frame_targets(ticket.frame, variant)
         codes.append(torch.from_numpy(code))

@@ -148,6 +148,29 @@ class BEVFormer(nn.Module):
         class_logits, boxes = self.pts_bbox_head.decode(bev, extra_queries)
         return Output(features, bev, class_logits, boxes)
 
+    def remember(
+        self,
+        images: Tensor,
+        lidar2img: Tensor,
+        can_bus: Tensor,
+        prev_bev: Tensor | None,
+        has_prev: Tensor | None,
+    ) -> Tensor:
+        """The BEV map (B, cells, C) that a call would return, without the decoder: all that a past frame is for."""
+        tables, device = self.camera_tables(lidar2img), images.device
+        turned, shift, use_prev = self.align_history(can_bus, prev_bev, has_prev)
+        return self.pts_bbox_head.encode(
+            self.image_features(images),
+            tables.points.to(device),
+            tables.cells.to(device),
+            tables.slots.to(device),
+            tables.weights.to(device),
+            can_bus,
+            turned,
+            shift,
+            use_prev,
+        )
+
     def image_features(self, images: Tensor) -> list[Tensor]:
         """(B, N, 3, H, W) -> [(B, N, C, h_l, w_l)], finest level first."""
         batch, cameras = images.shape[:2]

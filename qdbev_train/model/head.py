@@ -17,6 +17,7 @@ from qdbev_ros.core.variant import CAMERAS, Variant
 from qdbev_train.model.attention import History, Views
 from qdbev_train.model.decoder import Decoder, ExtraQueries
 from qdbev_train.model.encoder import Encoder, cell_centres
+from qdbev_train.model.layers import full_precision
 
 LEVEL_ROWS = 4  # level_embeds has four rows whatever the number of levels
 CODE_SIZE = 10
@@ -151,7 +152,8 @@ class Head(nn.Module):
     def decode(self, bev: Tensor, extra: ExtraQueries | None) -> tuple[Tensor, Tensor]:
         """class logits (L, B, Q, 10) and boxes (L, B, Q, 10) in metres; Q + G queries where there are extra ones."""
         position, content = self.query_embedding.weight[None].expand(bev.shape[0], -1, -1).chunk(2, dim=-1)
-        reference = self.transformer.reference_points(position).sigmoid()  # (B, Q, 3)
+        with full_precision(bev.device):
+            reference = self.transformer.reference_points(position).sigmoid()  # (B, Q, 3)
         if extra is not None:
             content = torch.cat([content, extra.content], dim=1)
             position = torch.cat([position, extra.position], dim=1)
@@ -161,7 +163,8 @@ class Head(nn.Module):
         branches = zip(self.transformer.decoder.layers, self.cls_branches, self.reg_branches, strict=True)
         for layer, cls_branch, reg_branch in branches:
             content = layer(content, position, reference[..., :2], bev, self.size, may_attend)
-            code = reg_branch(content).float()
+            with full_precision(bev.device):
+                code = reg_branch(content.float())
             # The boxes of a layer are read from the reference that entered it; the moved one goes to the next layer.
             centre = torch.cat([code[..., 0:2], code[..., 4:5]], dim=-1) + inverse_sigmoid(reference)
             centre = centre.sigmoid()

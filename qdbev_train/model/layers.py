@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdbev_train.model.dcn import ModulatedDeformConv2d
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """FP32 also where the caller runs under autocast: positions in half precision would be decimetres off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # an exporter would trace an autocast that changes nothing
 
 
 def fold_batchnorm(conv: nn.Conv2d | ModulatedDeformConv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qdbev_train.data.dataset import Batch
     from qdbev_train.training.config import TrainConfig
+    from qdbev_train.training.loop import TrainingData
 
 EXAMPLE = """example:
   qdbev synth data/town --split train --scenes 300 --seed 1
   qdbev train config/train/nano_town.yaml
-A run that was stopped goes on where its `out` folder stands; watch it with `tensorboard --logdir out/train`."""
+On several GPUs (batch is that of each):
+  torchrun --nproc_per_node 8 -m qdbev_train.cli train config/train/base_nuscenes.yaml
+A run that was stopped (Ctrl-C and SIGTERM save first) goes on where its `out` folder stands. Watch it with
+`tensorboard --logdir out/train`, draw its loss with `qdbev plot`."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,55 +35,64 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from qdbev_ros.core.errors import ConfigError
-    from qdbev_ros.core.variant import load_variant
-    from qdbev_train.checkpoint import load_model
-    from qdbev_train.model import build_model, load_imagenet_backbone, spread_references
+    from functools import partial
+
     from qdbev_train.training.config import TrainConfig, read_config
+    from qdbev_train.training.initial import starting_model
     from qdbev_train.training.loop import train
 
     config = read_config(args.config, TrainConfig)
-    variant = load_variant(config.variant)
-    quantisation = None
-    if config.init == "imagenet":
-        model = build_model(variant)
-        load_imagenet_backbone(model)
-        spread_references(model)
-    else:
-        model, loaded, metadata = load_model(config.init)
-        quantisation = metadata.get("quantisation")
-        if loaded != variant:
-            raise ConfigError(f"{config.init}: holds another variant than {config.variant}")
-    if quantisation is None:
-        model.freeze_backbone(1)
-    path = train(model, variant, config, data_opener(config), quantisation)
+    if config.evaluation is not None:
+        from qdbev_train.evaluation.metrics import require_devkit
+
+        require_devkit(config.data.version, config.evaluation.split)
+    data = training_data(config)
+    model, variant, quantisation = starting_model(config, data)
+    evaluate = partial(official_scores, config) if config.evaluation is not None else None
+    path = train(model, variant, config, data, quantisation, evaluate=evaluate)
     print(f"wrote {path}")
 
 
-def data_opener(config: TrainConfig) -> Callable[[int], Iterable[Sequence[Batch]]]:
-    """The training frames of a configuration: a function from the step to start at to the frames of each step."""
-    from qdbev_ros.core.errors import ConfigError
+def training_data(config: TrainConfig) -> TrainingData:
+    """The training frames of a configuration, in its order and with its augmentation."""
     from qdbev_ros.core.variant import load_variant
-    from qdbev_train.data.dataset import Augmentation, StreamDataset
+    from qdbev_train.data.augment import Augmentation
+    from qdbev_train.data.dataset import StreamDataset
     from qdbev_train.data.queues import QueueDataset
     from qdbev_train.data.tables import load_scenes
+    from qdbev_train.training.loop import TrainingData
 
-    augmentation = Augmentation(mirror=config.mirror, turn=config.turn, light=config.light)
-    if config.history not in ("stream", "queue"):
-        raise ConfigError(f"history is {config.history!r}; use 'stream' or 'queue'")
-    if config.history == "queue" and augmentation != Augmentation():
-        raise ConfigError(
-            "history: queue takes the data as they are; set mirror: 0.0, turn: false, light: 0.0"
-        )
+    augmentation = Augmentation(
+        mirror=config.mirror,
+        turn=config.turn,
+        light=config.light,
+        photometric=config.photometric,
+        grid_mask=config.grid_mask,
+    )
     scenes = load_scenes(Path(config.data.root), config.data.version, config.data.split)
     variant = load_variant(config.variant)
 
-    def open_at(step: int) -> Iterable[Sequence[Batch]]:
+    def open_at(step: int, rank: int, processes: int) -> Iterable[Sequence[Batch]]:
+        place = {"start_step": step, "rank": rank, "processes": processes}
         if config.history == "queue":
-            return QueueDataset(scenes, variant, config.batch, config.seed, start_step=step)
-        stream = StreamDataset(
-            scenes, variant, config.batch, config.seed, start_step=step, augmentation=augmentation
-        )
+            return QueueDataset(
+                scenes, variant, config.batch, config.seed, augmentation=augmentation, **place
+            )
+        stream = StreamDataset(scenes, variant, config.batch, config.seed, augmentation=augmentation, **place)
         return ((batch,) for batch in stream)
 
-    return open_at
+    return TrainingData(sum(map(len, scenes.values())), open_at)
+
+
+def official_scores(config: TrainConfig, model_file: Path) -> dict[str, float]:
+    """NDS and mAP of a model file on the split that `config` evaluates on."""
+    from qdbev_train.data.tables import load_scenes
+    from qdbev_train.evaluation.inference import detect
+    from qdbev_train.evaluation.metrics import official_score
+    from qdbev_train.evaluation.torch_engine import TorchEngine
+
+    assert config.evaluation is not None
+    root, version, split = Path(config.data.root), config.data.version, config.evaluation.split
+    results = detect(TorchEngine(model_file), load_scenes(root, version, split))
+    score = official_score(root, version, split, results)
+    return {"NDS": score.nds, "mAP": score.mAP}

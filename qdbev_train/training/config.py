@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,19 +27,51 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run. `steps` counts optimiser steps of `batch` samples.
+class Span:
+    """A length of training, such as "24 epochs" or "300 steps"; an epoch takes as many samples as there are frames."""
 
-    init: "imagenet", or the path of a model file · history: "stream" (consecutive frames, the last step's map is the
-    past) or "queue" (BEVFormer's recipe: each sample brings the variant's `queue_length` frames)
+    count: int
+    unit: str  # "epochs" or "steps"
+
+    @staticmethod
+    def parse(text: str) -> Span:
+        found = re.fullmatch(r"([1-9][0-9]*) (epoch|step)s?", text)
+        if found is None:
+            raise ValueError
+        return Span(int(found[1]), found[2] + "s")
+
+    def steps(self, steps_per_epoch: int) -> int:
+        return self.count * (steps_per_epoch if self.unit == "epochs" else 1)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The official score of a split of the same data root, every so often during training and at its end."""
+
+    split: str
+    every: Span
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run; a step is an optimiser step of `batch` samples on each process.
+
+    init: "imagenet", "random", "backbone:PATH" (a backbone's weights, the rest random), or the path of a model file ·
+    precision: "float32", or "bf16" (positions, sampling and losses stay float32) · history: "stream" (consecutive
+    frames, the last step's map is the past) or "queue" (BEVFormer's recipe: each sample brings the variant's
+    `queue_length` frames) · length: with epochs the learning rate falls from epoch to epoch, with steps from step to
+    step · save_every: steps · query_groups, denoising_groups, dense_heads: see auxiliary.py · mirror, turn, light,
+    photometric, grid_mask: see data/augment.py
     """
 
     variant: str
     data: DataConfig
+    evaluation: EvaluationConfig | None
     out: str
     init: str
+    precision: str
     history: str
-    steps: int
+    length: Span
     batch: int
     learning_rate: float
     backbone_factor: float
@@ -51,8 +84,21 @@ class TrainConfig:
     mirror: float
     turn: bool
     light: float
+    photometric: bool
+    grid_mask: float
     seed: int
     save_every: int
+
+    def __post_init__(self) -> None:
+        for name, wanted in (("precision", ("float32", "bf16")), ("history", ("stream", "queue"))):
+            if getattr(self, name) not in wanted:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use {wanted[0]!r} or {wanted[1]!r}")
+        if self.grid_mask and self.history == "stream":
+            raise ConfigError(
+                "grid_mask: a stream's frames are all remembered, and the past stays whole; set 0.0"
+            )
+        if min(self.batch, self.save_every) < 1:
+            raise ConfigError("batch and save_every must be at least 1")
 
 
 def read_config(path: str | Path, kind: type[T]) -> T:
@@ -64,7 +110,12 @@ def read_config(path: str | Path, kind: type[T]) -> T:
         raise ConfigError(f"no configuration file {path}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    return _build(kind, data, str(path))
+    try:
+        return _build(kind, data, str(path))
+    except ConfigError as error:
+        if str(path) in str(error):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _build(kind: type[T], data: Any, source: str) -> T:
@@ -74,23 +125,31 @@ def _build(kind: type[T], data: Any, source: str) -> T:
     unknown, missing = sorted(set(data) - set(fields)), sorted(set(fields) - set(data))
     if unknown or missing:
         raise ConfigError(f"{source}: unknown keys {unknown}, missing keys {missing}")
-    values: dict[str, Any] = {}
-    for name, field in fields.items():
-        value, wanted = data[name], str(field.type)
-        if wanted == "DataConfig":
-            values[name] = _build(DataConfig, value, f"{source}: {name}")
-            continue
-        kinds: dict[str, tuple[type, ...]] = {
-            "int": (int,),
-            "float": (int, float),
-            "str": (str,),
-            "bool": (bool,),
-        }
-        right = isinstance(value, kinds[wanted]) and (wanted == "bool") == isinstance(value, bool)
-        if not right:
-            raise ConfigError(f"{source}: {name} is {value!r}, expected {wanted}")
+    return kind(**{name: _value(data[name], str(f.type), f"{source}: {name}") for name, f in fields.items()})
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+_NESTED: dict[str, type] = {"DataConfig": DataConfig, "EvaluationConfig": EvaluationConfig}
+
+
+def _value(value: Any, wanted: str, source: str) -> Any:
+    """`value` as the type that a field's annotation names."""
+    if value is None and wanted.endswith(" | None"):
+        return None
+    wanted = wanted.removesuffix(" | None")
+    if wanted in _NESTED:
+        return _build(_NESTED[wanted], value, source)
+    if wanted == "Span":
+        try:
+            return Span.parse(str(value))
+        except ValueError:
+            raise ConfigError(f'{source} is {value!r}, expected "24 epochs" or "300 steps"') from None
+    if not isinstance(value, _PLAIN[wanted]) or (wanted == "bool") != isinstance(value, bool):
+        raise ConfigError(f"{source} is {value!r}, expected {wanted}")
+    if isinstance(value, str):
         # Paths may name environment variables, such as $QDBEV_NUSCENES.
-        values[name] = (
-            float(value) if wanted == "float" else os.path.expandvars(value) if wanted == "str" else value
-        )
-    return kind(**values)
+        value = os.path.expandvars(value)
+        if unset := re.search(r"\$\{?(\w+)", value):
+            raise ConfigError(f"{source} is {value!r}, but the environment variable {unset[1]} isn't set")
+        return value
+    return float(value) if wanted == "float" else value  # type: ignore[arg-type]

@@ -1,200 +1,231 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop. History is the detached BEV of the last step (streams), or that of a queue's own past."""
+"""The training loop, on one process or on many. History is the detached BEV of the last step (streams), or that of a
+queue's own past."""
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.core.variant import Variant
-from qdbev_train.checkpoint import read_tensors, save_model, write_tensors
+from qdbev_train.checkpoint import save_model
 from qdbev_train.data.dataset import Batch
+from qdbev_train.model import BEVFormer
 from qdbev_train.training.auxiliary import TrainingHelps
 from qdbev_train.training.config import TrainConfig
-from qdbev_train.training.losses import Targets, detection_loss
+from qdbev_train.training.objective import ExtraLoss, Objective
+from qdbev_train.training.schedule import learning_rate_at, make_plan
+from qdbev_train.training.state import TrainingState
+from qdbev_train.training.stopping import StopRequest
 
 
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Linear warm-up from a third, then cosine down to a thousandth."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (1 / 3 + 2 / 3 * step / config.warmup_steps)
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+@dataclass(frozen=True)
+class TrainingData:
+    """The frames to learn from.
+
+    samples: frames an epoch · open(step, rank, processes) gives one process its share from that step on: for each step
+    the frames to remember and then the one to learn from. A stream remembers the step before and gives one frame, a
+    queue brings its own past.
+    """
+
+    samples: int
+    open: Callable[[int, int, int], Iterable[Sequence[Batch]]]
 
 
-class TrainingState:
-    """Everything that a resumed run needs: weights, optimiser, memory, step and random numbers."""
-
-    def __init__(self, model: nn.Module, helps: TrainingHelps, config: TrainConfig) -> None:
-        self.model, self.helps, self.config = model, helps, config
-        self.step = 0
-        self.prev_bev: Tensor | None = None
-        named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
-        named += [(f"helps.{n}", p) for n, p in helps.named_parameters()]
-        self.names = [name for name, _ in named]
-        backbone = [p for n, p in named if n.startswith("model.img_backbone.")]
-        others = [p for n, p in named if not n.startswith("model.img_backbone.")]
-        groups = [{"params": backbone, "factor": config.backbone_factor}, {"params": others, "factor": 1.0}]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self._parameters = dict(named)
-
-    def set_learning_rate(self) -> float:
-        rate = learning_rate_at(self.step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        return rate
-
-    def save(self, path: Path) -> None:
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"helps.{k}": v for k, v in self.helps.state_dict().items()}
-        for name, parameter in self._parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        tensors["rng"] = torch.get_rng_state()
-        write_tensors(path, tensors, {"step": self.step, "config": asdict(self.config)})
-
-    def load(self, path: Path) -> None:
-        """Goes on where `path` stopped; the run must be the same but for its length."""
-        tensors, metadata = read_tensors(path)
-        free = {"steps", "save_every", "out"}
-        now = asdict(self.config)
-        changed = [k for k, v in metadata["config"].items() if k not in free and now.get(k) != v]
-        if changed:
-            raise ConfigError(
-                f"{path} was trained with other settings ({', '.join(changed)}); choose another `out`"
-            )
-        for prefix, module in (("model.", self.model), ("helps.", self.helps)):
-            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, slot, name = key.split(".", 2)
-                self.optimizer.state[self._parameters[name]][slot] = value
-        self.step = int(metadata["step"])
-        torch.set_rng_state(tensors["rng"])
+def open_fabric() -> Fabric:
+    """One process on the machine's best device, or under torchrun as many as it started, joined by DDP."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return Fabric(accelerator="auto", devices=1)
+    # The others wait while the first process evaluates, and without extra queries not everything has a gradient.
+    strategy = DDPStrategy(timeout=timedelta(hours=12), find_unused_parameters=True, broadcast_buffers=False)
+    fabric = Fabric(accelerator="auto", devices=local, num_nodes=processes // local, strategy=strategy)
+    fabric.launch()
+    return fabric
 
 
-def train_step(state: TrainingState, batch: Batch) -> dict[str, Tensor]:
-    """Forward pass and losses of one batch; `state.prev_bev` moves on to this frame's map, detached."""
-    device = next(state.model.parameters()).device
-    targets = [Targets(k.to(device), c.to(device)) for k, c in zip(batch.labels, batch.codes, strict=True)]
-    images, lidar2img = batch.images.to(device), batch.lidar2img.to(device)
-    positives = torch.tensor(float(max(1, sum(len(t.labels) for t in targets))), device=device)
-    extra, layout = state.helps.extra_queries(targets)
+def train_step(
+    fabric: Fabric, objective: nn.Module, batch: Batch, prev_bev: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses of one batch with gradient, and the BEV map it leaves; `objective` is an Objective, perhaps in DDP."""
+    device = fabric.device
+    boxes = torch.tensor(float(sum(map(len, batch.labels))), device=device)
+    positives = fabric.all_reduce(boxes, reduce_op="mean").clamp(min=1.0)  # type: ignore[union-attr]
     # A stream's first frame has no history; before the first step no stream has.
-    has_prev = ~batch.is_first if state.prev_bev is not None else torch.zeros_like(batch.is_first)
-    out = state.model(
-        images,
-        lidar2img,
+    has_prev = ~batch.is_first if prev_bev is not None else torch.zeros_like(batch.is_first)
+    losses: dict[str, Tensor]
+    losses, bev = objective(
+        batch.images.to(device),
+        batch.lidar2img.to(device),
         batch.can_bus.to(device),
-        state.prev_bev,
-        has_prev=has_prev.to(device),
-        extra_queries=extra,
+        [k.to(device) for k in batch.labels],
+        [c.to(device) for c in batch.codes],
+        positives,
+        prev_bev,
+        has_prev.to(device),
     )
-    state.prev_bev = out.bev.detach()
-    q = state.helps.variant.transformer.queries
-    losses = detection_loss(out.class_logits[:, :, :q], out.boxes[:, :, :q], targets, positives)
-    losses |= state.helps.losses(
-        out.class_logits, out.boxes, out.bev, out.image_features[0], lidar2img, targets, layout, positives
-    )
-    return losses
-
-
-@torch.no_grad()
-def remember(model: nn.Module, history: Sequence[Batch]) -> Tensor:
-    """The BEV map (B, cells, C) after the frames of a queue, computed as in deployment: no dropout, no gradient."""
-    model.eval()
-    device = next(model.parameters()).device
-    bev: Tensor | None = None
-    for batch in history:
-        bev = model(
-            batch.images.to(device),
-            batch.lidar2img.to(device),
-            batch.can_bus.to(device),
-            bev,
-            has_prev=None if bev is None else ~batch.is_first.to(device),
-        ).bev
-    model.train()
-    assert bev is not None
-    return bev
+    return losses, bev
 
 
 def train(
-    model: nn.Module,
+    model: BEVFormer,
     variant: Variant,
     config: TrainConfig,
-    open_data: Callable[[int], Iterable[Sequence[Batch]]],
+    data: TrainingData,
     quantisation: Any = None,
+    extra_loss: ExtraLoss | None = None,
+    evaluate: Callable[[Path], dict[str, float]] | None = None,
 ) -> Path:
-    """Trains to `config.steps`, resuming from `config.out`/last.safetensors where there is one.
+    """Trains for `config.length`, resuming from `config.out`/last.safetensors where there is one.
 
-    `open_data(step)` gives from that step on, for each step, the frames to remember and then the one to learn from: a
-    stream remembers the step before and gives one frame, a queue brings its own past. `quantisation` goes into the
-    model file of a student.
-    Returns the path of the finished model file. Progress goes to the terminal and to TensorBoard in `config.out`.
+    `quantisation` goes into the model file of a student, `extra_loss` adds its losses to those of detection, `evaluate`
+    gives the scores of a model file. Returns the path of the finished model file; progress goes to the terminal and to
+    TensorBoard in `config.out`. Ctrl-C and SIGTERM save, and then raise KeyboardInterrupt.
     """
-    out = Path(config.out)
-    torch.manual_seed(config.seed)
-    fabric = Fabric(accelerator="auto", devices=1)
+    fabric = open_fabric()
+    torch.manual_seed(config.seed + fabric.global_rank)
     helps = TrainingHelps(variant, config.query_groups, config.denoising_groups, config.dense_heads)
-    state = TrainingState(model, helps, config)
-    last = out / "last.safetensors"
-    if last.exists():
-        state.load(last)
-    model.to(fabric.device), helps.to(fabric.device)
-    model.train()
-    writer = SummaryWriter(str(out), purge_step=state.step)
-    progress = tqdm(
-        total=config.steps, initial=state.step, desc=f"train {variant.name}", unit="step", smoothing=0.02
-    )
-    smoothed: float | None = None
-    for *history, batch in islice(open_data(state.step), config.steps - state.step):
-        if history:
-            state.prev_bev = remember(model, history)
-        rate = state.set_learning_rate()
-        losses = train_step(state, batch)
-        total = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(total):
+    objective = Objective(model, helps, config, extra_loss).to(fabric.device)
+    objective.train()
+    state = TrainingState(objective, config)
+    run = _Run(fabric, state, variant, quantisation, evaluate)
+    if run.last.exists():
+        state.load(run.last, fabric)
+    plan = make_plan(config, data.samples, fabric.world_size)
+    module = fabric.setup_module(objective) if fabric.world_size > 1 else objective
+    batches = data.open(state.step, fabric.global_rank, fabric.world_size)
+    with StopRequest() as stop, run.progress(plan.steps) as progress:
+        for *history, batch in islice(batches, plan.steps - state.step):
+            if history:
+                state.prev_bev = objective.remember(history)
+            rate = learning_rate_at(state.step, config, plan)
+            state.set_learning_rate(rate)
+            losses, bev = train_step(fabric, module, batch, state.prev_bev)
+            stopped, scalars = run.agree(losses, stop.asked)
+            state.optimizer.zero_grad(set_to_none=True)
+            fabric.backward(torch.stack(list(losses.values())).sum())
+            norm = nn.utils.clip_grad_norm_(state.parameters.values(), config.clip_norm)
+            state.optimizer.step()
+            state.prev_bev = None if history else bev
+            state.step += 1
+            run.log(progress, scalars | {"norm": float(norm), "lr": rate})
+            finished = state.step == plan.steps
+            due = plan.evaluate_every is not None and (finished or state.step % plan.evaluate_every == 0)
+            if stopped or finished or due or state.step % config.save_every == 0:
+                run.save()
+            if stopped:
+                break
+            if due:
+                run.evaluate()
+    run.close()
+    if state.step < plan.steps:
+        run.give_up(plan.steps)
+    return run.model_file
+
+
+class _Run:
+    """What a run leaves behind: files, TensorBoard scalars, a progress bar. Only the first process writes."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        state: TrainingState,
+        variant: Variant,
+        quantisation: Any,
+        evaluate: Callable[[Path], dict[str, float]] | None,
+    ) -> None:
+        self._fabric, self._state, self._variant = fabric, state, variant
+        self._quantisation, self._evaluate = quantisation, evaluate
+        out = Path(state.config.out)
+        self.last, self.model_file = out / "last.safetensors", out / "model.safetensors"
+        self._writer: SummaryWriter | None = None
+        self._smoothed: float | None = None
+
+    def progress(self, steps: int) -> tqdm[Any]:
+        state, first = self._state, self._fabric.is_global_zero
+        if first:
+            self._writer = SummaryWriter(state.config.out, purge_step=state.step + 1)
+        title = f"train {self._variant.name}"
+        return tqdm(
+            total=steps, initial=state.step, desc=title, unit="step", smoothing=0.02, disable=not first
+        )
+
+    def agree(self, losses: dict[str, Tensor], stop: bool) -> tuple[bool, dict[str, float]]:
+        """Whether any process was asked to stop, and the losses on average over the processes.
+
+        Raises ConfigError, on all of them, where a loss isn't finite.
+        """
+        own = torch.stack([*losses.values(), torch.tensor(float(stop), device=self._fabric.device)]).detach()
+        mean = self._fabric.all_reduce(own, reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        *values, stopped = mean.tolist()
+        total = sum(values)
+        if not torch.isfinite(torch.tensor(total)):
             raise ConfigError(
-                f"the loss is {total.item()} at step {state.step}; lower learning_rate in the settings"
+                f"the loss is {total} at step {self._state.step}; lower learning_rate in the settings"
             )
-        state.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        parameters = [p for g in state.optimizer.param_groups for p in g["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        state.optimizer.step()
-        state.step += 1
-        main = float((losses["class"] + losses["box"]).detach())
-        smoothed = main if smoothed is None else 0.98 * smoothed + 0.02 * main
+        named = {f"loss/{k}": v for k, v in zip(losses, values, strict=True)}
+        return stopped > 0, named | {"loss/total": total}
+
+    def log(self, progress: tqdm[Any], scalars: dict[str, float]) -> None:
+        total = scalars["loss/total"]
+        self._smoothed = total if self._smoothed is None else 0.95 * self._smoothed + 0.05 * total
+        progress.set_postfix(loss=f"{self._smoothed:.2f}", lr=f"{scalars['lr']:.1e}", refresh=False)
         progress.update()
-        progress.set_postfix(loss=f"{smoothed:.2f}")
-        if state.step % 10 == 0:
-            scalars = {f"loss/{k}": float(v.detach()) for k, v in losses.items()}
-            scalars |= {"loss/total": float(total.detach()), "norm": float(norm), "lr": rate}
+        self._write(scalars)
+
+    def save(self) -> None:
+        """The state to go on from, and the model file."""
+        state = self._state
+        state.save(self.last, self._fabric)
+        if self._fabric.is_global_zero:
+            made = provenance(state.config, state.step, self._fabric.world_size)
+            save_model(self.model_file, state.objective.model, self._variant, made, self._quantisation)
+
+    def evaluate(self) -> None:
+        """Scores the model as it is; the first process does, the others wait."""
+        assert self._evaluate is not None
+        if self._fabric.is_global_zero:
+            # Building the model to score draws random numbers that are the training's.
+            with torch.random.fork_rng():
+                scores = self._evaluate(self.model_file)
+            self._write({f"score/{k}": v for k, v in scores.items()})
+            text = " ".join(f"{k} {v:.4f}" for k, v in scores.items())
+            tqdm.write(f"step {self._state.step}: {text}")
+        self._fabric.barrier()
+
+    def _write(self, scalars: dict[str, float]) -> None:
+        if self._writer is not None:
             for key, value in scalars.items():
-                writer.add_scalar(key, value, state.step)
-        if state.step % config.save_every == 0 or state.step == config.steps:
-            state.save(last)
-            save_model(
-                out / "model.safetensors", model, variant, provenance(config, state.step), quantisation
-            )
-    progress.close()
-    writer.close()
-    return out / "model.safetensors"
+                self._writer.add_scalar(key, value, self._state.step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def give_up(self, steps: int) -> None:
+        """Ends a run that was asked to stop, with one line in all."""
+        if not self._fabric.is_global_zero:
+            raise SystemExit(130)
+        raise KeyboardInterrupt(
+            f"stopped at step {self._state.step} of {steps}; the same command goes on from there"
+        )
 
 
-def provenance(config: TrainConfig, step: int) -> dict[str, Any]:
+def provenance(config: TrainConfig, step: int, processes: int) -> dict[str, Any]:
     """What a checkpoint says of its making."""
-    return {"config": asdict(config), "steps": step, "samples": step * config.batch}
+    return {"config": asdict(config), "steps": step, "samples": step * config.batch * processes}

@@ -15,8 +15,8 @@ import torch
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.pipeline import Pipeline
 from qdbev_ros.core.variant import load_variant
+from qdbev_train.data.augment import Augmentation
 from qdbev_train.data.dataset import (
-    Augmentation,
     Batch,
     StreamDataset,
     frame_images,
@@ -75,13 +75,35 @@ def test_every_scene_is_visited_equally_often(scenes: Scenes) -> None:
     assert abs(counts["scene-0103"] - counts["scene-0916"]) <= 8
 
 
-def test_the_order_follows_from_the_seed_and_a_resumed_run_goes_on_in_it(scenes: Scenes) -> None:
+def test_the_order_follows_from_the_seed(scenes: Scenes) -> None:
     tokens = [b.tokens for b in batches(scenes, 12)]
     assert [b.tokens for b in batches(scenes, 12, workers=3)] == tokens
     assert [b.tokens for b in batches(scenes, 12, seed=1)] != tokens
-    resumed = batches(scenes, 5, start_step=7)
-    assert [b.tokens for b in resumed] == tokens[7:]
-    assert resumed[0].is_first.all()
+
+
+@pytest.mark.parametrize("start", [1, 7, 10])
+def test_a_resumed_run_goes_on_with_the_same_frames_motion_and_augmentation(
+    scenes: Scenes, start: int
+) -> None:
+    settings = {"augmentation": Augmentation(mirror=0.5, turn=True, photometric=True)}
+    whole, resumed = (
+        batches(scenes, 12, **settings),
+        batches(scenes, 12 - start, start_step=start, **settings),
+    )
+    for a, b in zip(whole[start:], resumed, strict=True):
+        assert a.tokens == b.tokens
+        assert torch.equal(a.is_first, b.is_first)
+        assert torch.equal(a.can_bus, b.can_bus)
+        assert torch.equal(a.images, b.images)
+
+
+def test_processes_share_the_streams(scenes: Scenes) -> None:
+    """Two processes with batch 1 see what one with batch 2 sees."""
+    parts = [batches(scenes, 12, batch=1, rank=rank, processes=2) for rank in range(2)]
+    for whole, *rows in zip(batches(scenes, 12), *parts, strict=True):
+        assert whole.tokens == [row.tokens[0] for row in rows]
+        assert torch.equal(whole.can_bus, torch.cat([row.can_bus for row in rows]))
+        assert torch.equal(whole.is_first, torch.cat([row.is_first for row in rows]))
 
 
 def test_light_and_mirror_follow_from_the_seed_too(scenes: Scenes) -> None:

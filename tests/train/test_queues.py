@@ -6,20 +6,26 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.variant import load_variant
+from qdbev_train.data.augment import Augmentation
 from qdbev_train.data.dataset import Batch
 from qdbev_train.data.frames import Frame
 from qdbev_train.data.queues import QueueDataset
 from qdbev_train.data.tables import load_scenes
 from qdbev_train.model import build_model
-from qdbev_train.training.loop import remember
+from qdbev_train.training.auxiliary import TrainingHelps
+from qdbev_train.training.config import TrainConfig, read_config
+from qdbev_train.training.objective import Objective
 from tests.small_dataset import VERSION
 
+CONFIG = Path(__file__).parents[2] / "config" / "train" / "nano_town.yaml"
 NANO = load_variant("nano")
 LENGTH = 2
 SHORT = replace(NANO, temporal=replace(NANO.temporal, queue_length=LENGTH))
@@ -31,7 +37,7 @@ def scenes(small_root: Path) -> Scenes:
     return load_scenes(small_root, VERSION)
 
 
-def queues(scenes: Scenes, count: int, batch: int = 2, **options: int) -> list[list[Batch]]:
+def queues(scenes: Scenes, count: int, batch: int = 2, **options: Any) -> list[list[Batch]]:
     return list(islice(QueueDataset(scenes, SHORT, batch, seed=3, **options), count))
 
 
@@ -93,10 +99,12 @@ def test_a_later_start_skips_whole_steps(scenes: Scenes) -> None:
 
 def test_remembering_is_running_the_frames_one_after_another(scenes: Scenes) -> None:
     torch.manual_seed(0)
-    model = build_model(replace(SHORT, transformer=replace(SHORT.transformer, dropout=0.5))).train()
+    variant = replace(SHORT, transformer=replace(SHORT.transformer, dropout=0.5))
+    model = build_model(variant).train()
     first, second = queues(scenes, 1, batch=1)[0]
     second = replace(second, is_first=torch.tensor([False]))
-    remembered = remember(model, [first, second])
+    config = read_config(CONFIG, TrainConfig)
+    remembered = Objective(model, TrainingHelps(variant, 0, 0, False), config, None).remember([first, second])
     assert model.training
     assert not remembered.requires_grad
     model.eval()
@@ -104,3 +112,61 @@ def test_remembering_is_running_the_frames_one_after_another(scenes: Scenes) -> 
         bev = model(first.images, first.lidar2img, first.can_bus).bev
         bev = model(second.images, second.lidar2img, second.can_bus, bev).bev
     torch.testing.assert_close(remembered, bev)
+
+
+def without_boxes(frame: Frame) -> Frame:
+    nothing = np.zeros(len(frame.annotations.points), bool)
+    annotations = frame.annotations
+    return replace(
+        frame,
+        annotations=replace(
+            annotations, boxes=annotations.boxes.select(nothing), points=annotations.points[nothing]
+        ),
+    )
+
+
+def test_a_queue_with_a_frame_without_boxes_is_drawn_again(scenes: Scenes) -> None:
+    """As in BEVFormer: one frame of the past is enough."""
+    name = sorted(scenes)[0]
+    bare = scenes[name][1]
+    thinned = {**scenes, name: [without_boxes(f) if i == 1 else f for i, f in enumerate(scenes[name])]}
+    drawn = queues(thinned, 40, batch=1)
+    tokens = {batch.tokens[0] for queue in drawn for batch in queue}
+    assert bare.sample_token not in tokens
+    assert {f.sample_token for f in scenes[name]} - tokens == {bare.sample_token}
+    with pytest.raises(DataError, match="no box to learn"):
+        queues({name: [without_boxes(f) for f in scenes[name]]}, 1)
+
+
+def test_processes_share_the_queues_of_a_step(scenes: Scenes) -> None:
+    """Two processes with batch 1 see what one with batch 2 sees."""
+    one = [[b.tokens for b in q] for q in queues(scenes, 5)]
+    parts = [queues(scenes, 5, batch=1, rank=rank, processes=2) for rank in range(2)]
+    two = [[a.tokens + b.tokens for a, b in zip(*q)] for q in zip(*parts)]
+    assert two == one
+
+
+def test_only_the_frame_learned_from_is_masked_and_all_pictures_are_distorted(scenes: Scenes) -> None:
+    plain = queues(scenes, 1)[0]
+    masked = queues(scenes, 1, augmentation=Augmentation(grid_mask=1.0))[0]
+    assert torch.equal(plain[0].images, masked[0].images)
+    blank = masked[1].images == 0
+    assert 0.05 < blank.float().mean() < 0.6
+    assert torch.equal(masked[1].images[~blank], plain[1].images[~blank])
+    assert torch.equal(blank[0, 0, 0], blank[0, 5, 2])
+    distorted = queues(scenes, 1, augmentation=Augmentation(photometric=True))[0]
+    for before, after in zip(plain, distorted):
+        changed = (before.images - after.images).abs().amax((2, 3, 4)) > 0
+        assert changed.float().mean() > 0.8  # each picture has a chance of 1 in 16 or less to stay as it is
+
+
+def test_a_queue_is_mirrored_and_turned_as_a_whole(scenes: Scenes) -> None:
+    mirrored = queues(scenes, 2, augmentation=Augmentation(mirror=1.0))
+    for before, after in zip(queues(scenes, 2), mirrored):
+        for one, other in zip(before, after):
+            assert torch.equal(one.images[:, 0], other.images[:, 0].flip(-1))  # CAM_FRONT
+    turned = queues(scenes, 2, augmentation=Augmentation(turn=True))
+    lengths = [q[-1].can_bus[:, :2].norm(dim=1) for q in turned]
+    for before, length, after in zip(queues(scenes, 2), lengths, turned):
+        torch.testing.assert_close(before[-1].can_bus[:, :2].norm(dim=1), length, atol=1e-4, rtol=0)
+        assert not torch.equal(before[-1].can_bus[:, 16], after[-1].can_bus[:, 16])

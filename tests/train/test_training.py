@@ -3,23 +3,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import math
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from torch import Tensor
 
 from qdbev_ros.core.errors import ConfigError
-from qdbev_ros.core.variant import Variant, load_variant
+from qdbev_ros.core.variant import BackboneSpec, Variant, load_variant
 from qdbev_train.checkpoint import load_model, read_tensors, write_tensors
+from qdbev_train.cli import main
 from qdbev_train.data.dataset import Batch
-from qdbev_train.model import CheckpointError, build_model
+from qdbev_train.model import BEVFormer, CheckpointError, Output, build_model
+from qdbev_train.model.layers import conv_bn
 from qdbev_train.training.auxiliary import TrainingHelps
-from qdbev_train.training.command import data_opener
-from qdbev_train.training.config import DataConfig, TrainConfig, read_config
-from qdbev_train.training.loop import learning_rate_at, train
+from qdbev_train.training.command import training_data
+from qdbev_train.training.config import DataConfig, EvaluationConfig, Span, TrainConfig, read_config
+from qdbev_train.training.initial import load_backbone, starting_model
+from qdbev_train.training.loop import TrainingData, train
 from qdbev_train.training.losses import Targets
+from qdbev_train.training.plot_command import read_scalar
+from qdbev_train.training.schedule import learning_rate_at, make_plan
 
 CONFIG = Path(__file__).parents[2] / "config" / "train" / "nano_town.yaml"
 
@@ -36,7 +46,12 @@ def micro_variant() -> Variant:
 
 def micro_config(out: Path, **changes: object) -> TrainConfig:
     config = replace(
-        read_config(CONFIG, TrainConfig), out=str(out), steps=6, batch=2, warmup_steps=2, save_every=3
+        read_config(CONFIG, TrainConfig),
+        out=str(out),
+        length=Span(6, "steps"),
+        batch=2,
+        warmup_steps=2,
+        save_every=3,
     )
     return replace(config, **changes)  # type: ignore[arg-type]
 
@@ -60,44 +75,59 @@ def random_batch(step: int, variant: Variant) -> Batch:
     )
 
 
-def run(out: Path, **changes: object) -> Path:
+def data_of(batches: Callable[[int], Iterable[Batch]]) -> TrainingData:
+    return TrainingData(samples=12, open=lambda step, rank, processes: ((b,) for b in batches(step)))
+
+
+def run(out: Path, stop_at: int | None = None, **changes: object) -> Path:
+    """A run of random batches; at step `stop_at` someone presses Ctrl-C."""
     variant, config = micro_variant(), micro_config(out, **changes)
 
-    def stream(step: int) -> Iterable[tuple[Batch]]:
+    def batches(step: int) -> Iterator[Batch]:
         while True:
-            yield (random_batch(step, variant),)
+            if step == stop_at:
+                signal.raise_signal(signal.SIGINT)
+            # Rows go on with what was before, so that what is remembered matters.
+            yield replace(random_batch(step, variant), is_first=torch.tensor([step % 4 == 0, False]))
             step += 1
 
     torch.manual_seed(0)
-    return train(build_model(variant), variant, config, stream)
+    return train(build_model(variant), variant, config, data_of(batches))
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    """Stopped by a signal and not at a multiple of save_every; same weights, same loss curve, to the bit."""
     whole, _ = read_tensors(run(tmp_path / "whole", learning_rate=1e-3))
-    # The schedule depends on the length of the run, so the stop comes from the stream, not from the settings.
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(tmp_path / "parts", stop_at=4)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 5 of 6"):
+        run(tmp_path / "parts", stop_at=4, learning_rate=1e-3)
     resumed, _ = read_tensors(run(tmp_path / "parts", learning_rate=1e-3))
     for key, value in whole.items():
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0, msg=key)
+    curves = [read_scalar(tmp_path / name, "loss/total") for name in ("whole", "parts")]
+    assert curves[0][0] == [1, 2, 3, 4, 5, 6]
+    assert curves[0] == curves[1]
 
 
-def interrupted(out: Path, stop_at: int) -> None:
-    variant, config = micro_variant(), micro_config(out, learning_rate=1e-3)
-
-    def stream(step: int) -> Iterable[tuple[Batch]]:
-        while step < stop_at:
-            yield (random_batch(step, variant),)
-            step += 1
-        raise KeyboardInterrupt
-
-    torch.manual_seed(0)
-    train(build_model(variant), variant, config, stream)
+def test_what_is_remembered_matters_to_the_curve(tmp_path: Path) -> None:
+    """Else the test above would not show that the memory is kept."""
+    run(tmp_path, learning_rate=1e-3)
+    state, metadata = read_tensors(tmp_path / "last.safetensors")
+    assert state["prev_bev"].shape == (1, 2, 64, 24)
+    forgotten = {k: v for k, v in state.items() if k != "prev_bev"}
+    config = micro_config(tmp_path, learning_rate=1e-3, length=Span(8, "steps"))
+    losses = []
+    for tensors in (state, forgotten):
+        write_tensors(tmp_path / "last.safetensors", tensors, metadata)
+        batch = replace(random_batch(0, micro_variant()), is_first=torch.tensor([False, False]))
+        data = data_of(lambda _, batch=batch: [batch, batch])
+        train(build_model(micro_variant()), micro_variant(), config, data)
+        losses.append(read_scalar(tmp_path, "loss/total")[1][6])
+    assert losses[0] != losses[1]
 
 
 def test_the_loss_of_a_repeated_batch_falls(tmp_path: Path) -> None:
     variant = micro_variant()
-    config = micro_config(tmp_path, steps=25, learning_rate=2e-3, save_every=25)
+    config = micro_config(tmp_path, length=Span(25, "steps"), learning_rate=2e-3, save_every=25)
     batch = random_batch(0, variant)
     torch.manual_seed(0)
     model = build_model(variant)
@@ -111,7 +141,7 @@ def test_the_loss_of_a_repeated_batch_falls(tmp_path: Path) -> None:
         return float(sum(detection_loss(out.class_logits, out.boxes, targets, torch.tensor(6.0)).values()))
 
     before = loss()
-    train(model, variant, config, lambda _: iter([(batch,)] * 25))
+    train(model, variant, config, data_of(lambda _: [batch] * 25))
     assert loss() < 0.8 * before
 
 
@@ -146,14 +176,29 @@ def test_a_diverged_loss_ends_the_run(tmp_path: Path) -> None:
         random_batch(0, variant), images=torch.full_like(random_batch(0, variant).images, float("nan"))
     )
     with pytest.raises(ConfigError, match="learning_rate"):
-        train(build_model(variant), variant, config, lambda _: iter([(batch,)]))
+        train(build_model(variant), variant, config, data_of(lambda _: [batch]))
 
 
 def test_learning_rate_warms_up_from_a_third_and_ends_at_a_thousandth(tmp_path: Path) -> None:
-    config = micro_config(tmp_path, steps=100, warmup_steps=10, learning_rate=3.0)
-    assert learning_rate_at(0, config) == pytest.approx(1.0)
-    assert learning_rate_at(10, config) == pytest.approx(3.0)
-    assert learning_rate_at(100, config) == pytest.approx(0.003)
+    config = micro_config(tmp_path, length=Span(100, "steps"), warmup_steps=10, learning_rate=3.0)
+    plan = make_plan(config, samples=12, processes=1)
+    assert learning_rate_at(0, config, plan) == pytest.approx(1.0)
+    assert learning_rate_at(10, config, plan) == pytest.approx(3.0)
+    assert learning_rate_at(100, config, plan) == pytest.approx(0.003)
+
+
+def test_in_epochs_the_learning_rate_falls_from_epoch_to_epoch(tmp_path: Path) -> None:
+    """BEVFormer's: 28 130 frames on 8 processes, 24 epochs, 500 steps of warm-up on top of the first epoch's rate."""
+    config = micro_config(tmp_path, length=Span(24, "epochs"), batch=1, warmup_steps=500, learning_rate=2e-4)
+    plan = make_plan(config, samples=28130, processes=8)
+    assert (plan.steps_per_epoch, plan.steps) == (3517, 24 * 3517)
+    assert learning_rate_at(0, config, plan) == pytest.approx(2e-4 / 3)
+    assert learning_rate_at(250, config, plan) == pytest.approx(2e-4 * 2 / 3)
+    assert learning_rate_at(500, config, plan) == learning_rate_at(3516, config, plan) == 2e-4
+    for epoch in (1, 12, 23):
+        wanted = 2e-7 + (2e-4 - 2e-7) * (1 + math.cos(math.pi * epoch / 24)) / 2
+        assert learning_rate_at(epoch * 3517, config, plan) == pytest.approx(wanted)
+        assert learning_rate_at(epoch * 3517 + 3516, config, plan) == pytest.approx(wanted)
 
 
 def test_query_groups_cannot_see_each_other() -> None:
@@ -183,9 +228,16 @@ def test_denoising_queries_start_near_the_true_boxes() -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("steps: many", "steps is 'many', expected int"),
+        ("batch: many", "batch is 'many', expected int"),
         ("stepz: 5", "unknown keys \\['stepz'\\]"),
         ("turn: 1", "turn is 1, expected bool"),
+        ("length: 5", 'length is 5, expected "24 epochs"'),
+        ("length: 0 steps", "length is '0 steps'"),
+        ("evaluation: {split: val}", "evaluation: unknown keys \\[\\], missing keys \\['every'\\]"),
+        ("history: deque", "config.yaml: history is 'deque'; use 'stream' or 'queue'"),
+        ("precision: fp16", "use 'float32' or 'bf16'"),
+        ("grid_mask: 0.7", "grid_mask: a stream's frames are all remembered"),
+        ("init: $NO_SUCH_VARIABLE", "init is .*NO_SUCH_VARIABLE isn't set"),
     ],
 )
 def test_a_wrong_key_or_type_is_named(tmp_path: Path, line: str, complaint: str) -> None:
@@ -197,20 +249,169 @@ def test_a_wrong_key_or_type_is_named(tmp_path: Path, line: str, complaint: str)
         read_config(path, TrainConfig)
 
 
-def test_queues_of_a_data_set_train(tmp_path: Path) -> None:
-    """From a configuration, over real tables and pictures, with BEVFormer's queues."""
-    town = Path(__file__).parents[2] / "demo" / "town"
-    data = DataConfig(str(town), "v1.0-mini", "mini_val")
-    plain = {"history": "queue", "mirror": 0.0, "turn": False, "light": 0.0}
-    config = micro_config(tmp_path, data=data, steps=2, batch=1, save_every=2, **plain)
-    path = train(build_model("nano"), load_variant("nano"), config, data_opener(config))
-    assert load_model(path)[2]["provenance"]["steps"] == 2
+def test_a_queue_of_a_data_set_trains_from_its_configuration(tmp_path: Path, small_root: Path) -> None:
+    """From tables and pictures to a model file, with all of BEVFormer's recipe."""
+    recipe = {"history": "queue", "photometric": True, "grid_mask": 1.0, "init": "random", "turn": False}
+    recipe |= {"data": DataConfig(str(small_root), "v1.0-mini", "mini_val"), "length": Span(1, "epochs")}
+    path = tmp_path / "variant.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(micro_variant().to_dict()))))
+    config = micro_config(tmp_path / "out", variant=str(path), batch=4, **recipe)
+    data = training_data(config)
+    model, variant, _ = starting_model(config, data)
+    assert data.samples == 8
+    assert load_model(train(model, variant, config, data))[2]["provenance"]["samples"] == 8
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [({"history": "deque"}, "use 'stream' or 'queue'"), ({"history": "queue"}, "as they are")],
-)
-def test_a_history_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, str], complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        data_opener(micro_config(tmp_path, **changes))
+@pytest.mark.parametrize("name", [p.stem for p in sorted(CONFIG.parent.glob("*.yaml"))])
+def test_every_shipped_configuration_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QDBEV_NUSCENES", "data")
+    monkeypatch.setenv("QDBEV_BACKBONE", "backbone.pth")
+    config = read_config(CONFIG.with_stem(name), TrainConfig)
+    load_variant(config.variant)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small", "base"])
+def test_the_shipped_recipe_is_bevformers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QDBEV_NUSCENES", "data")
+    monkeypatch.setenv("QDBEV_BACKBONE", "backbone.pth")
+    config = read_config(CONFIG.with_stem(f"{variant}_nuscenes"), TrainConfig)
+    recipe = (config.learning_rate, config.weight_decay, config.backbone_factor, config.clip_norm)
+    assert recipe == (2e-4, 0.01, 0.1, 35.0)
+    assert (config.length, config.warmup_steps, config.batch) == (Span(24, "epochs"), 500, 1)
+    assert (config.history, config.photometric, config.grid_mask) == ("queue", True, 0.7)
+    assert (config.query_groups, config.denoising_groups, config.dense_heads) == (0, 0, False)
+    assert load_variant(variant).transformer.dropout == 0.1
+
+
+def one_step_loss(out: Path, model: BEVFormer, batch: Batch, **changes: object) -> float:
+    config = micro_config(out, length=Span(1, "steps"), **changes)
+    train(model, model.variant, config, data_of(lambda _: [batch]))
+    return read_scalar(out, "loss/total")[1][0]
+
+
+def test_the_first_loss_in_bf16_is_that_in_float32_to_a_percent(tmp_path: Path) -> None:
+    variant = micro_variant()
+    plain = {"query_groups": 0, "denoising_groups": 0, "dense_heads": False}
+    losses = {}
+    for precision in ("float32", "bf16"):
+        torch.manual_seed(0)
+        model = build_model(replace(variant, transformer=replace(variant.transformer, dropout=0.0)))
+        batch = random_batch(0, variant)
+        losses[precision] = one_step_loss(tmp_path / precision, model, batch, precision=precision, **plain)
+    assert losses["bf16"] != losses["float32"]
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.01)
+
+
+def test_in_bf16_positions_and_outputs_are_float32() -> None:
+    """A reference point in bf16 would be off by up to 0.2 m."""
+    variant = micro_variant()
+    torch.manual_seed(0)
+    model, batch = build_model(variant).eval(), random_batch(0, variant)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model(batch.images, batch.lidar2img, batch.can_bus)
+    assert {out.bev.dtype, out.boxes.dtype, out.class_logits.dtype} == {torch.float32}
+    # The first layer's centres: logits of the references plus an offset, none of them on bf16's coarse grid.
+    centres = out.boxes[0, 0, :, :2] / 102.4 + 0.5
+    assert (centres.bfloat16().float() != centres).float().mean() > 0.9
+
+
+def test_a_further_loss_is_added_and_sees_inputs_and_outputs(tmp_path: Path) -> None:
+    variant = micro_variant()
+    seen = []
+
+    class Pull:
+        def remember(self, history: Sequence[Batch]) -> None:
+            seen.append(len(history))
+
+        def __call__(self, out: Output, images: Tensor, *_: Tensor) -> dict[str, Tensor]:
+            seen.append(images.shape[0])
+            return {"pull": 3.0 * out.bev.square().mean()}
+
+    torch.manual_seed(0)
+    config = micro_config(tmp_path, length=Span(2, "steps"))
+    batch = random_batch(0, variant)
+    data = TrainingData(1, lambda *_: iter([(batch, batch, batch)] * 2))
+    train(build_model(variant), variant, config, data, extra_loss=Pull())
+    assert seen == [2, 2, 2, 2]  # two frames remembered, then two rows, twice
+    assert all(value > 0 for value in read_scalar(tmp_path, "loss/pull")[1])
+
+
+def test_a_random_backbone_gets_batchnorms_that_normalise(tmp_path: Path) -> None:
+    """Frozen at unit statistics they would let the signal of a random network grow or die from layer to layer."""
+    variant = micro_variant()
+    resnet = BackboneSpec("resnet", 50, "pytorch", (3,), (3,), 1)
+    path = tmp_path / "variant.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(replace(variant, backbone=resnet).to_dict()))))
+    images = random_batch(0, variant)
+    config = micro_config(tmp_path, variant=str(path), init="random", length=Span(1, "steps"))
+    model, _, _ = starting_model(config, data_of(lambda _: [images]))
+    entering: list[Tensor] = []
+    last = model.img_backbone.get_submodule("layer3.5")
+    last.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+    with torch.no_grad():
+        flat = images.images.flatten(0, 1)
+        model.img_backbone(flat)
+        stem = conv_bn(flat, model.img_backbone.conv1, model.img_backbone.bn1)
+        deep = conv_bn(entering[0], last.conv1, last.bn1)
+    for out in (stem, deep):
+        torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(out.shape[1]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(out.shape[1]), atol=1e-2, rtol=0)
+    frozen = {n.split(".")[1] for n, p in model.named_parameters() if not p.requires_grad and "conv" in n}
+    assert frozen == {"conv1", "layer1"}
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "img_backbone."])
+def test_a_backbone_loads_by_itself_or_out_of_a_detector(tmp_path: Path, prefix: str) -> None:
+    torch.manual_seed(1)
+    weights = build_model("nano").img_backbone.state_dict()
+    state = {prefix + key: value for key, value in weights.items() if "num_batches" not in key}
+    torch.save({"state_dict": state | {"neck.conv.weight": torch.zeros(1)}}, tmp_path / "detector.pth")
+    torch.manual_seed(2)
+    model = build_model("nano")
+    said = load_backbone(model, tmp_path / "detector.pth")
+    assert all(torch.equal(v, weights[k]) for k, v in model.img_backbone.state_dict().items())
+    assert said.endswith("left out: neck.conv.weight")
+
+
+def test_a_backbone_that_does_not_fit_is_refused_by_file_and_key(tmp_path: Path) -> None:
+    state = {f"backbone.{k}": v for k, v in build_model("nano").img_backbone.state_dict().items()}
+    state.popitem()
+    torch.save(state, tmp_path / "half.pth")
+    with pytest.raises(CheckpointError, match=r"half\.pth: no backbone of variant tiny: .* missing"):
+        load_backbone(build_model(tiny_shapes()), tmp_path / "half.pth")
+
+
+def tiny_shapes() -> Variant:
+    tiny = load_variant("tiny")
+    small = replace(tiny.transformer, encoder_layers=1, decoder_layers=1, queries=10)
+    return replace(tiny, transformer=small)
+
+
+def test_scores_are_logged_where_evaluation_is_asked_for(tmp_path: Path) -> None:
+    """Every epoch (6 steps of 2 of 12 frames) and at the end; training goes on as if there had been none."""
+    variant = micro_variant()
+    evaluation = EvaluationConfig("val", Span(1, "epochs"))
+
+    def evaluate(path: Path) -> dict[str, float]:
+        torch.rand(7)
+        return {"NDS": load_model(path)[2]["provenance"]["steps"] / 10}
+
+    length = Span(8, "steps")
+    weights = []
+    for name, asked in (("with", evaluation), ("without", None)):
+        torch.manual_seed(0)
+        config = micro_config(tmp_path / name, length=length, evaluation=asked, warmup_steps=2)
+        data = data_of(lambda step: (random_batch(i, variant) for i in range(step, 8)))
+        path = train(build_model(variant), variant, config, data, evaluate=evaluate)
+        weights.append(read_tensors(path)[0])
+    assert read_scalar(tmp_path / "with", "score/NDS") == ([6, 8], [pytest.approx(0.6), pytest.approx(0.8)])
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+def test_a_plot_of_no_run_is_refused_and_one_of_a_run_is_drawn(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    command = ["plot", str(tmp_path / "run"), "--out", str(tmp_path / "loss.png")]
+    assert main(command) == 0
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--scalar", "loss/nothing"]) == 2
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "none.png")]) == 2
