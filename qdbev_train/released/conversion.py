@@ -99,8 +99,11 @@ def export_released(checkpoint: Path, out: Path) -> dict[str, Any]:
 
 def _write_pth(out: Path, content: dict[str, Any]) -> None:
     with whole_file(out) as temporary, temporary.open("wb") as file:
-        # Into an open file, because torch writes the name of a path into the archive.
-        torch.save(content, file)
+        try:
+            # Into an open file, because torch writes the name of a path into the archive.
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch ends once the disk is full; what happened is behind it
+            raise DataError(f"{out}: cannot be written: {error.__context__ or error}") from error
 
 
 def _check_classes(released: ReleasedFile, variant: Variant) -> None:
