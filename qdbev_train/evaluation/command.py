@@ -4,10 +4,23 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-EXAMPLE = "example: qdbev eval nano.qdbev data/town --version v1.0-trainval --split val --json score.json"
+from qdbev_ros.core.errors import DataError
+
+if TYPE_CHECKING:
+    from qdbev_ros.core.pipeline import Engine
+    from qdbev_train.data.frames import Frame
+    from qdbev_train.evaluation.results import Entry
+
+EXAMPLE = """example:
+  qdbev eval nano.qdbev data/town --version v1.0-trainval --split val --json score.json
+  qdbev eval base.safetensors /data/nuscenes --version v1.0-trainval --split val --results out/base.json
+With --results an evaluation that was stopped goes on after its last whole scene."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,7 +36,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_data_arguments(parser)
     parser.add_argument(
-        "--results", type=Path, metavar="FILE", help="keep the detections, in nuScenes' result format"
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="keep the detections, as the nuScenes server takes them; makes the evaluation resumable",
     )
     parser.set_defaults(run=run)
 
@@ -40,22 +56,53 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from qdbev_train.data.tables import all_frames, load_scenes
-    from qdbev_train.evaluation.inference import detect, open_engine
-    from qdbev_train.evaluation.metrics import official_score
-    from qdbev_train.evaluation.results import write_json, write_results
+    from qdbev_train.data.tables import load_scenes
+    from qdbev_train.evaluation.inference import open_engine
+    from qdbev_train.evaluation.metrics import official_score, require_devkit
+    from qdbev_train.evaluation.results import write_json
 
-    frames = all_frames(load_scenes(args.dataroot, args.version, args.split, args.scene))
+    require_devkit(args.version, args.split)
+    scenes = load_scenes(args.dataroot, args.version, args.split, args.scene)
+    annotated = any(len(frame.annotations.boxes) for frames in scenes.values() for frame in frames)
+    if not annotated and args.results is None:
+        raise DataError(
+            f"{args.dataroot} {args.version} {args.split} has no annotations; give --results FILE"
+        )
     engine = open_engine(args.model)
-    start = time.monotonic()
-    results = detect(engine, frames)
-    per_frame = (time.monotonic() - start) / len(frames)
+    results, per_frame = _detect(args, engine, scenes)
+    timing = "" if per_frame is None else f", {per_frame * 1e3:.0f} ms a frame"
+    print(f"{args.model}, {args.dataroot} {args.version} {args.split}{timing}")
     if args.results:
-        write_results(args.results, results)
+        print(f"wrote {args.results}")
+    if not annotated:
+        print("no annotations here, so no score: this is a file for the nuScenes server")
+        return 0
     score = official_score(args.dataroot, args.version, args.split, results)
     if args.json:
         data = {"model": args.model.name, "version": args.version, "split": args.split}
         write_json(args.json, data | score.to_dict() | {"seconds_per_frame": per_frame})
-    print(f"{args.model}, {args.dataroot} {args.version} {args.split}, {per_frame * 1e3:.0f} ms a frame")
     print(score.text())
     return 0
+
+
+def _detect(
+    args: argparse.Namespace, engine: Engine, scenes: Mapping[str, Sequence[Frame]]
+) -> tuple[dict[str, list[Entry]], float | None]:
+    """Results by sample token, and seconds a frame of what was left to do; with --results kept scene by scene."""
+    from qdbev_train.evaluation.finished import FinishedScenes
+    from qdbev_train.evaluation.inference import detect
+    from qdbev_train.evaluation.results import write_results
+
+    finished = None
+    if args.results:
+        digest = hashlib.sha256(args.model.read_bytes()).hexdigest()
+        where = {"data root": str(args.dataroot.resolve()), "version": args.version}
+        finished = FinishedScenes(args.results, {"model": digest} | where)
+    left = sum(len(f) for name, f in scenes.items() if finished is None or name not in finished.scenes)
+    start = time.monotonic()
+    results = detect(engine, scenes, finished)
+    seconds = time.monotonic() - start
+    if finished is not None:
+        write_results(args.results, results)
+        finished.remove()
+    return results, seconds / left if left else None

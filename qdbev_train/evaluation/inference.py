@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.pipeline import CameraFrame, Engine, Pipeline
 from qdbev_ros.core.pipeline import Frame as PipelineFrame
 from qdbev_train.data.frames import Frame
+from qdbev_train.evaluation.finished import FinishedScenes
 from qdbev_train.evaluation.results import Entry, result_entries
 
 
@@ -30,19 +32,30 @@ def open_engine(model: Path) -> Engine:
     raise DataError(f"{model}: give a .qdbev package or a .safetensors checkpoint")
 
 
-def detect(engine: Engine, frames: Sequence[Frame]) -> dict[str, list[Entry]]:
-    """Result entries of every frame by sample token. Frames must be in time order scene by scene."""
+def detect(
+    engine: Engine, scenes: Mapping[str, Sequence[Frame]], finished: FinishedScenes | None = None
+) -> dict[str, list[Entry]]:
+    """Result entries of every frame by sample token; each scene begins without memory.
+
+    Scenes that are in `finished` are taken from there, the others are added to it.
+    """
+    by_scene = {} if finished is None else dict(finished.scenes)
+    done = sum(len(scene) for name, scene in scenes.items() if name in by_scene)
+    frames = sum(len(scene) for scene in scenes.values())
     pipeline = Pipeline(engine)
-    results = {}
-    try:
-        for frame in tqdm(frames, desc="eval", unit=" frames", disable=None):
-            boxes = pipeline.run(pipeline_frame(frame)).boxes
-            results[frame.sample_token] = result_entries(
-                frame.sample_token, boxes, frame.lidar2ego, frame.ego2global
-            )
-    finally:
-        pipeline.close()
-    return results
+    bar = tqdm(total=frames, initial=done, desc="eval", unit=" frames", disable=None)
+    with closing(pipeline), bar:
+        for name in [name for name in scenes if name not in by_scene]:
+            entries = by_scene[name] = {}
+            for frame in scenes[name]:
+                boxes = pipeline.run(pipeline_frame(frame)).boxes
+                entries[frame.sample_token] = result_entries(
+                    frame.sample_token, boxes, frame.lidar2ego, frame.ego2global
+                )
+                bar.update()
+            if finished is not None:
+                finished.add(name, entries)
+    return {token: entries for name in scenes for token, entries in by_scene[name].items()}
 
 
 def pipeline_frame(frame: Frame) -> PipelineFrame:

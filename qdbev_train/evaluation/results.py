@@ -40,12 +40,12 @@ def result_entries(
     """The entries of sample `token` from boxes in a frame that `frame2ego` places on the vehicle.
 
     Boxes farther from the ego than their class's range are left out, the best 500 kept. `attributes` (K,) replace
-    those that follow from class and speed.
+    those that follow from class and speed. Sizes are width, length, height; velocities are those of the global frame.
     """
     in_ego = boxes.transformed(frame2ego)
     near = np.flatnonzero(np.hypot(*in_ego.centers[:, :2].T) <= _RANGES[in_ego.labels])
     kept = near[np.argsort(-in_ego.scores[near], kind="stable")][:MAX_BOXES]
-    in_global = in_ego.select(kept).transformed(ego2global)
+    in_global = boxes.select(kept).transformed(ego2global @ frame2ego)
     entries = []
     for row, index in enumerate(kept):
         label, velocity = int(in_global.labels[row]), in_global.velocities[row]
@@ -86,3 +86,24 @@ def write_results(path: Path, results: Mapping[str, list[Entry]]) -> None:
         "use_external": True,
     }
     write_json(path, {"meta": meta, "results": dict(results)})
+
+
+def read_results(path: Path, tokens: Sequence[str], split: str) -> tuple[dict[str, list[Entry]], int]:
+    """(the entries of the samples `tokens`, number of other samples in the file) of a nuScenes result file.
+
+    Raises DataError where it is no such file or lacks one of the samples.
+    """
+    try:
+        results = json.loads(path.read_bytes())["results"]
+        found = {token: results[token] for token in tokens if token in results}
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a nuScenes result file (JSON with meta and results)") from error
+    lacking = [token for token in tokens if token not in found]
+    if lacking:
+        raise DataError(
+            f"{path}: lacks {len(lacking)} of the {len(tokens)} samples of {split}, first {lacking[0]}; every sample "
+            "needs a list, an empty one where nothing was seen"
+        )
+    return found, len(results) - len(found)

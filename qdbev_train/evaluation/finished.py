@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detections of the scenes that an evaluation has finished, kept beside its result file until that one is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qdbev_ros.core.errors import DataError
+from qdbev_train.evaluation.results import Entry
+
+
+class FinishedScenes:
+    """Result entries by scene and sample token, in RESULTS.scenes: a line for the run, then a line for each scene.
+
+    `run` says what is evaluated; a file of another run is refused, a last line that was cut off is done again.
+    """
+
+    def __init__(self, results: Path, run: Mapping[str, str]) -> None:
+        self.path = results.with_name(results.name + ".scenes")
+        self.scenes: dict[str, dict[str, list[Entry]]] = {}
+        lines = self._lines()
+        if lines and lines[0] != dict(run):
+            other = ", ".join(key for key, value in run.items() if lines[0].get(key) != value)
+            raise DataError(
+                f"{self.path}: an unfinished evaluation of another {other}; remove it or go on with that"
+            )
+        for line in lines[1:]:
+            self.scenes[line["scene"]] = line["results"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines or [dict(run)]))
+
+    def add(self, scene: str, results: dict[str, list[Entry]]) -> None:
+        """Keeps a finished scene."""
+        self.scenes[scene] = results
+        with self.path.open("a") as file:
+            file.write(json.dumps({"scene": scene, "results": results}) + "\n")
+
+    def remove(self) -> None:
+        """Everything is in the result file now."""
+        self.path.unlink()
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        texts = self.path.read_text().splitlines(keepends=True)
+        try:
+            # A line without its end was being written when the run was killed.
+            return [json.loads(text) for text in texts if text.endswith("\n")]
+        except ValueError as error:
+            raise DataError(f"{self.path}: damaged; remove it to begin anew") from error
