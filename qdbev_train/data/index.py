@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qdbev_ros.core.errors import DataError
-from qdbev_train.data.array_file import Arrays, map_arrays, write_arrays
+from qdbev_train.data.array_file import Arrays, map_arrays, payload_sha256, write_arrays
 from qdbev_train.data.index_annotations import build_annotations
 from qdbev_train.data.index_frames import Index
 from qdbev_train.data.index_parts import build_can_bus, build_readings, build_samples
@@ -102,7 +102,23 @@ def open_index(root: Path, version: str) -> Index:
     arrays = {}
     for part in PARTS:
         arrays |= map_arrays(files[part])[0]
-    return Index(root, arrays)
+    return Index(root, arrays, [files[part] for part in PARTS])
+
+
+def remove_damaged(source: Source) -> list[Path]:
+    """Removes parts whose bytes aren't those that were written, and returns them. Opening trusts the disk: reading
+    everything each time would take longer than it saves. Raises DataError where one cannot be removed."""
+    damaged = []
+    for path in (place / f"{part}.safetensors" for place in source.places() for part in PARTS):
+        try:
+            if path.is_file() and map_arrays(path)[1].get("sha256") != payload_sha256(path):
+                path.unlink()
+                damaged.append(path)
+        except DataError:
+            continue  # no index file at all: opening replaces it
+        except OSError as error:
+            raise DataError(f"{path}: damaged, and cannot be removed: {error.strerror}") from error
+    return damaged
 
 
 def is_small(source: Source) -> bool:

@@ -18,10 +18,11 @@ from qdbev_train.data.index_parts import CHANNELS
 
 
 class Index:
-    """All frames of a data set. `arrays` are those of index_parts and index_annotations, in memory or mapped."""
+    """All frames of a data set. `arrays` are those of index_parts and index_annotations, mapped from `files` or, where
+    there are none, in memory."""
 
-    def __init__(self, root: Path, arrays: Arrays) -> None:
-        self._root = root
+    def __init__(self, root: Path, arrays: Arrays, files: Sequence[Path] = ()) -> None:
+        self._root, self.files = root, tuple(files)
         self.arrays: Mapping[str, Any] = arrays
         scenes = Texts(arrays, "scene")
         self.scenes = tuple(scenes[i] for i in range(len(scenes)))

@@ -232,8 +232,10 @@ def _reading_fields(
 
 def _intrinsics(records: list[Record]) -> Array:
     """(len(records), 3, 3) camera matrices."""
-    rows = [[{"camera_intrinsic": row} for row in record["camera_intrinsic"]] for record in records]
-    return np.array([numbers(matrix, "camera_intrinsic", 3) for matrix in rows])
+    matrices = np.array([record["camera_intrinsic"] for record in records], np.float64)
+    if matrices.shape != (len(records), 3, 3):
+        raise ValueError("'camera_intrinsic' is not 3 rows of 3 numbers")
+    return matrices
 
 
 def _ego_poses(tables: Tables, wanted: Rows, readings: list[str]) -> tuple[Array, Array]:
