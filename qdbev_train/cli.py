@@ -14,6 +14,7 @@ from qdbev_ros.core.errors import QdbevError
 # Modules with add_parser(commands), in the order of the help text.
 COMMANDS = (
     "qdbev_train.synthetic.command",
+    "qdbev_train.data.index_command",
     "qdbev_train.init_command",
     "qdbev_train.training.command",
     "qdbev_train.training.compress_command",
