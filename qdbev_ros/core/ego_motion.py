@@ -98,14 +98,14 @@ def rotation_sources(degrees: float, bev: BevSpec, center: tuple[float, float] |
     cx, cy = (0.0, 0.0) if center is None else (center[0] - w * 0.5, center[1] - h * 0.5)
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     affine = np.array(
-        [[cos, -sin, cx - cos * cx + sin * cy], [sin, cos, cy - sin * cx - cos * cy]], np.float32
+        [[cos, -sin, sin * cy - cos * cx + cx], [sin, cos, -sin * cx - cos * cy + cy]], np.float32
     )
-    columns = np.arange(w, dtype=np.float32) + np.float32(0.5 - w * 0.5)
-    rows = np.arange(h, dtype=np.float32) + np.float32(0.5 - h * 0.5)
-    base = np.stack([*np.meshgrid(columns, rows), np.ones((h, w), np.float32)], axis=-1).reshape(-1, 3)
-    scaled = affine.T / np.array([0.5 * w, 0.5 * h], np.float32)
-    normalised = base @ scaled
-    source = np.rint(((normalised + 1) * np.array([w, h], np.float32) - 1) / 2)
+    turn_x, turn_y, offset = affine.T / np.array([0.5 * w, 0.5 * h], np.float32)  # (2,) each
+    x = np.arange(w, dtype=np.float32) + np.float32(0.5 - w * 0.5)
+    y = np.arange(h, dtype=np.float32) + np.float32(0.5 - h * 0.5)
+    # Written out: a matrix product would add in another order, and some cells would come from a neighbour.
+    fraction = (x[None, :, None] * turn_x + y[:, None, None] * turn_y + offset).reshape(-1, 2)
+    source = np.rint(((fraction + 1) * np.array([w, h], np.float32) - 1) / 2)
     inside = (source >= 0).all(-1) & (source < np.array([w, h])).all(-1)
     index = (source[:, 1] * w + source[:, 0]).astype(np.int64)
     return np.where(inside, index, -1)

@@ -42,15 +42,25 @@ def scale_to_input(lidar2img: Array, camera: CameraCalibration, image: ImageSpec
     return np.diag([image.width / camera.width, image.height / camera.height, 1.0, 1.0]) @ lidar2img
 
 
-def pillar_points(bev: BevSpec) -> Array:
-    """(cells, P, 3) anchor points in metres of the LIDAR_TOP frame: cell centres, heights 0.5 .. Z-0.5 of the range."""
+def pillar_points(bev: BevSpec) -> NDArray[np.float32]:
+    """(cells, P, 3) anchor points in metres of the LIDAR_TOP frame: cell centres, heights 0.5 .. Z-0.5 of the range.
+
+    In float32 and in BEVFormer's order of operations, so that a point on a picture's border falls on the same side.
+    """
     x0, y0, z0, x1, y1, z1 = bev.pc_range
-    x = x0 + (np.arange(bev.width) + 0.5) / bev.width * (x1 - x0)
-    y = y0 + (np.arange(bev.height) + 0.5) / bev.height * (y1 - y0)
-    depth = z1 - z0
-    z = z0 + np.linspace(0.5, depth - 0.5, bev.pillar_points)
+    x = np.float32(x1 - x0) * ((np.arange(bev.width, dtype=np.float32) + np.float32(0.5)) / bev.width) + x0
+    y = np.float32(y1 - y0) * ((np.arange(bev.height, dtype=np.float32) + np.float32(0.5)) / bev.height) + y0
+    z = np.float32(z1 - z0) * (_evenly(0.5, z1 - z0 - 0.5, bev.pillar_points) / np.float32(z1 - z0)) + z0
     grid = np.stack(np.broadcast_arrays(x[None, :, None], y[:, None, None], z[None, None, :]), axis=-1)
-    return grid.reshape(bev.cells, bev.pillar_points, 3)
+    return grid.reshape(bev.cells, bev.pillar_points, 3).astype(np.float32)
+
+
+def _evenly(first: float, last: float, count: int) -> NDArray[np.float32]:
+    """`count` numbers from `first` to `last`, counted from the nearer end as torch's linspace does."""
+    index = np.arange(count, dtype=np.float32)
+    step = np.float32(last - first) / np.float32(max(count - 1, 1))
+    upward, downward = np.float32(first) + step * index, np.float32(last) - step * (count - 1 - index)
+    return np.where(index < max(count // 2, 1), upward, downward).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -77,15 +87,16 @@ def visible_cells(lidar2img: NDArray[np.floating[Any]], bev: BevSpec, image: Ima
     lidar2img (N, 4, 4) at the scale of the network's input. A camera whose matrix is all zeros sees nothing: that
     is how an absent camera is masked out. Visible means depth > 1e-5 and 0 < u, v < 1 of the padded picture.
     """
-    anchors = pillar_points(bev)
-    homogeneous = np.concatenate([anchors, np.ones_like(anchors[..., :1])], axis=-1).astype(np.float32)
-    camera_points = np.einsum("nij,cpj->ncpi", np.asarray(lidar2img, np.float32), homogeneous)
-    depth = camera_points[..., 2]
-    uv = camera_points[..., :2] / np.maximum(depth, MIN_DEPTH)[..., None]
+    x, y, z = np.moveaxis(pillar_points(bev), -1, 0)  # (cells, P) each
+    m = np.asarray(lidar2img, np.float32)[..., None, None]  # (N, 4, 4, 1, 1)
+    # Written out: a matrix product would add in another order, and a point on a border could change sides.
+    camera_points = m[:, :3, 0] * x + m[:, :3, 1] * y + m[:, :3, 2] * z + m[:, :3, 3]  # (N, 3, cells, P)
+    depth = camera_points[:, 2]
+    uv = np.moveaxis(camera_points[:, :2], 1, -1) / np.maximum(depth, MIN_DEPTH)[..., None]
     uv = uv / np.array([image.padded_width, image.padded_height], np.float32)
     inside = (depth > MIN_DEPTH) & (uv > 0).all(-1) & (uv < 1).all(-1)
     mask = inside.any(-1)
-    return _gather_tables(uv.astype(np.float32), mask)
+    return _gather_tables(uv, mask)
 
 
 def _gather_tables(uv: NDArray[np.float32], mask: NDArray[np.bool_]) -> VisibleCells:
