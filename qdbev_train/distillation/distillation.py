@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdbev_ros.core.errors import ConfigError
-from qdbev_train.data.dataset import Batch
 from qdbev_train.distillation.config import METHODS, DistillationConfig
 from qdbev_train.distillation.losses import bev_divergence, image_divergence, view_guided
 from qdbev_train.distillation.teacher import Seen, Teacher
@@ -20,76 +19,78 @@ MEASURE_EVERY = 50
 MOMENTUM = 0.8
 
 
-class Distillation(nn.Module):
-    """Called once a step. Its state (the measured weight) belongs to a resumable run; the teacher is no part of it."""
-
-    factor: Tensor
-    calls: Tensor
+class Distillation:
+    """Called once a step. What a resumed run needs of it is in `state`; the teacher's weights are no part of that."""
 
     def __init__(self, teacher: Teacher, method: str, config: DistillationConfig) -> None:
-        super().__init__()
         if method not in METHODS:
             raise ConfigError(f"distillation: method {method!r}; use one of {list(METHODS)}")
         self.teacher, self.method, self.config = teacher, method, config
-        self.register_buffer("factor", torch.tensor(float("nan")))
-        self.register_buffer("calls", torch.tensor(0))
+        self._factor: Tensor | None = None
+        self._calls = 0
 
-    def forward(
-        self,
-        history: Sequence[Batch],
-        batch: Batch,
-        student: Output,
-        task: Tensor,
-        average: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, numbers to log) of one step.
+    def loss(self, seen: Seen, student: Output, task: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(weighted loss, numbers to log) of one step.
 
-        student is the model's output for `batch`, task its own loss (a scalar with its graph), history the frames
-        before it where each step brings its own past. `average` takes a number's mean over all devices.
+        seen: the teacher's maps · student: the model's output for the same frame · task: its own loss, a scalar with
+        its graph.
         """
-        loss, logged = self.divergence(self.teacher.see(history, batch), student)
-        factor = self._measured(task, loss, student, average) if self.config.weighting == "gradient" else 1.0
-        weight = torch.as_tensor(self.config.weight * factor, device=loss.device)
-        return weight * loss, logged | {"raw": loss.detach(), "weight": weight.detach()}
+        raw, logged = self.divergence(seen, student)
+        weight = torch.as_tensor(self.config.weight, device=raw.device)
+        if self.config.weighting == "gradient":
+            weight = weight * self._measured(task, raw, student)
+        return weight * raw, logged | {"raw": raw.detach(), "weight": weight}
 
-    def divergence(self, teacher: Seen, student: Output) -> tuple[Tensor, dict[str, Tensor]]:
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs, of this process."""
+        kept = {"calls": torch.tensor(self._calls), "factor": self._factor, "memory": self.teacher.memory}
+        return {key: value for key, value in kept.items() if value is not None}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self._calls = int(state["calls"])
+        self._factor, self.teacher.memory = state.get("factor"), state.get("memory")
+
+    def divergence(self, seen: Seen, student: Output) -> tuple[Tensor, dict[str, Tensor]]:
         """The unweighted loss, averaged over the batch, and the mean of each of its factors."""
         config = self.config
         image = image_divergence(
-            teacher.image_features,
+            seen.image_features,
             student.image_features,
             config.axis,
             config.temperature,
             per_pixel=self.method == "vgd",
         )
-        bev = bev_divergence(teacher.bev, student.bev, config.axis, config.temperature)
-        seen = teacher.mask.any(1)
+        bev = bev_divergence(seen.bev, student.bev, config.axis, config.temperature)
+        covered = seen.mask.any(1)
         logged = {
             "image": image.detach().mean(),
-            "bev": (bev.detach() * seen).sum() / seen.sum().clamp_min(1),
+            "bev": (bev.detach() * covered).sum() / covered.sum().clamp_min(1),
         }
         if self.method == "cwd_img":
             return image.mean(), logged
         if self.method == "cwd_bev":
             return bev.sum(1).mean(), logged
-        per_sample = view_guided(image, bev, teacher.mask, config.combine, config.detach, config.floor)
+        per_sample = view_guided(image, bev, seen.mask, config.combine, config.detach, config.floor)
         return per_sample.mean(), logged
 
-    def _measured(
-        self, task: Tensor, loss: Tensor, student: Output, average: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """How many times larger the task's gradient at the student's features is; a running mean, measured rarely."""
-        if int(self.calls) % MEASURE_EVERY == 0:
+    def _measured(self, task: Tensor, loss: Tensor, student: Output) -> Tensor:
+        """How many times larger the task's gradient at the student's features is; a running mean, measured rarely.
+
+        On several devices each has its own: their gradients are averaged with the weights already in them.
+        """
+        if self._calls % MEASURE_EVERY == 0:
             features = [student.bev, *student.image_features]
-            task_norm, own_norm = (average(_gradient_norm(x, features)) for x in (task, loss))
+            task_norm, own_norm = _gradient_norm(task, features), _gradient_norm(loss, features)
             # A student that is its teacher has nothing to learn from it: no weight rather than an infinite one.
             ratio = torch.where(
                 own_norm > 1e-12 * task_norm, task_norm / own_norm, torch.zeros_like(own_norm)
             )
-            old = ratio if bool(self.factor.isnan()) else self.factor
-            self.factor.copy_(MOMENTUM * old + (1 - MOMENTUM) * ratio)
-        self.calls += 1
-        return self.factor
+            old = ratio if self._factor is None else self._factor.to(ratio.device)
+            self._factor = MOMENTUM * old + (1 - MOMENTUM) * ratio
+        self._calls += 1
+        assert self._factor is not None
+        return self._factor.to(loss.device)
 
 
 def _gradient_norm(loss: Tensor, features: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qdbev_train.data.dataset import Batch
-from qdbev_train.model import BEVFormer, Output
+from qdbev_train.model import BEVFormer
 
 
 @dataclass(frozen=True)
@@ -23,31 +23,39 @@ class Seen:
 
 
 class Teacher:
-    """Runs a float model over the batches that a student learns from."""
+    """Runs a float model over the frames that a student learns from. `memory` is its own last map (B, cells, C)."""
 
     def __init__(self, model: BEVFormer) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._previous: Tensor | None = None
+        self.memory: Tensor | None = None
+
+    def remember(self, history: Sequence[Batch], device: torch.device) -> None:
+        """Takes a queue's past frames, oldest first, for the memory, whatever was seen before."""
+        self.memory = None
+        for batch in history:
+            images, lidar2img, can_bus = (
+                t.to(device) for t in (batch.images, batch.lidar2img, batch.can_bus)
+            )
+            self.see(images, lidar2img, can_bus, ~batch.is_first.to(device))
 
     @torch.no_grad()
-    def see(self, history: Sequence[Batch], batch: Batch) -> Seen:
-        """The teacher's maps of `batch`. Its past is `history` where that is given, else the batch seen before."""
-        if history:
-            self._previous = None
-        for frames in (*history, batch):
-            out = self._look(frames)
-        mask = self.model.camera_tables(batch.lidar2img).mask
-        return Seen(out.image_features, out.bev, mask.to(out.bev.device))
-
-    def _look(self, batch: Batch) -> Output:
-        device = next(self.model.parameters()).device
-        previous = self._previous
-        out: Output = self.model(
-            batch.images.to(device),
-            batch.lidar2img.to(device),
-            batch.can_bus.to(device),
-            previous,
-            has_prev=None if previous is None else ~batch.is_first.to(device),
+    def see(self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, has_prev: Tensor) -> Seen:
+        """The teacher's maps of a frame; the arguments are those of the model. Its BEV map becomes the memory."""
+        model = self.model.to(images.device)
+        tables = model.camera_tables(lidar2img)
+        turned, shift, use = model.align_history(
+            can_bus, self.memory, None if self.memory is None else has_prev
         )
-        self._previous = out.bev
-        return out
+        features = model.image_features(images)
+        self.memory = model.pts_bbox_head.encode(
+            features,
+            tables.points.to(images.device),
+            tables.cells.to(images.device),
+            tables.slots.to(images.device),
+            tables.weights.to(images.device),
+            can_bus,
+            turned,
+            shift,
+            use,
+        )
+        return Seen(features, self.memory, tables.mask.to(images.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from qdbev_train.quantization.calibrate import calibrate, post_training_quantise, tune_layers
 from qdbev_train.quantization.config import EXCEPTIONS, PARTS, STRICT, Override, QuantConfig
-from qdbev_train.quantization.model import freeze_ranges, quantise_model
+from qdbev_train.quantization.model import freeze_ranges, quantise_model, settle_scales
 
 __all__ = [
     "EXCEPTIONS",
@@ -17,5 +17,6 @@ __all__ = [
     "freeze_ranges",
     "post_training_quantise",
     "quantise_model",
+    "settle_scales",
     "tune_layers",
 ]

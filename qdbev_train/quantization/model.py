@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from qdbev_train.model.bevformer import BEVFormer
@@ -14,12 +15,14 @@ from qdbev_train.model.decoder import PackedAttention
 from qdbev_train.quantization.config import FLOAT, QuantConfig
 from qdbev_train.quantization.convolutions import output_quantisers, quantise_convolutions
 from qdbev_train.quantization.layers import (
+    BIAS_STEPS,
     ActivationQuantiser,
     QuantisedLayer,
     QuantisedLinear,
     QuantisedPackedAttention,
 )
 
+SMALLEST = 1e-8  # of a learned scale
 # Where the linears of a part are. The branches belong to the decoder, the can_bus network to the encoder.
 _LINEARS = {
     "encoder": ("pts_bbox_head.transformer.encoder.*", "pts_bbox_head.transformer.can_bus_mlp.*"),
@@ -122,3 +125,15 @@ def _quantise_linears(model: nn.Module, patterns: tuple[str, ...], config: Quant
         elif isinstance(module, nn.Linear):
             linear = QuantisedLinear(module.weight, module.bias, *config.bits(name))
             setattr(parent, key, linear)
+
+
+@torch.no_grad()
+def settle_scales(model: nn.Module) -> None:
+    """After an optimiser's step: learned scales stay above zero, and coarse enough for their biases."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantiser) and isinstance(module.scale, nn.Parameter):
+            module.scale.clamp_(min=SMALLEST)
+    for module in model.modules():
+        if isinstance(module, QuantisedLayer) and isinstance(module.weight_scale, nn.Parameter):
+            finest = module.bias.abs() / (module.input_quantiser.scale * BIAS_STEPS)
+            module.weight_scale.copy_(torch.maximum(module.weight_scale, finest.clamp_min(SMALLEST)))

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qdbev_ros.core.variant import Variant
     from qdbev_train.data.dataset import Batch
     from qdbev_train.training.config import TrainConfig
     from qdbev_train.training.loop import TrainingData
@@ -50,11 +52,12 @@ def run(args: argparse.Namespace) -> None:
     model, variant, quantisation = starting_model(config, data)
     evaluate = partial(official_scores, config) if config.evaluation is not None else None
     path = train(model, variant, config, data, quantisation, evaluate=evaluate)
-    print(f"wrote {path}")
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one speaks
+        print(f"wrote {path}")
 
 
-def training_data(config: TrainConfig) -> TrainingData:
-    """The training frames of a configuration, in its order and with its augmentation."""
+def training_data(config: TrainConfig, variant: Variant | None = None) -> TrainingData:
+    """The training frames of a configuration, in its order and with its augmentation, for its variant by default."""
     from qdbev_ros.core.variant import load_variant
     from qdbev_train.data.augment import Augmentation
     from qdbev_train.data.dataset import StreamDataset
@@ -70,7 +73,7 @@ def training_data(config: TrainConfig) -> TrainingData:
         grid_mask=config.grid_mask,
     )
     scenes = load_scenes(Path(config.data.root), config.data.version, config.data.split)
-    variant = load_variant(config.variant)
+    variant = variant or load_variant(config.variant)
 
     def open_at(step: int, rank: int, processes: int) -> Iterable[Sequence[Batch]]:
         place = {"start_step": step, "rank": rank, "processes": processes}

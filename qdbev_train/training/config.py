@@ -103,6 +103,17 @@ class TrainConfig:
 
 def read_config(path: str | Path, kind: type[T]) -> T:
     """Reads a YAML file into the frozen dataclass `kind`; unknown, missing and mistyped keys are all named."""
+    data = read_yaml(path)
+    try:
+        return build(kind, data, str(path))
+    except ConfigError as error:
+        if str(path) in str(error):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text())
@@ -110,15 +121,13 @@ def read_config(path: str | Path, kind: type[T]) -> T:
         raise ConfigError(f"no configuration file {path}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    try:
-        return _build(kind, data, str(path))
-    except ConfigError as error:
-        if str(path) in str(error):
-            raise
-        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must be a mapping")
+    return data
 
 
-def _build(kind: type[T], data: Any, source: str) -> T:
+def build(kind: type[T], data: Any, source: str) -> T:
+    """The frozen dataclass `kind` from plain data; `source` names the place in errors."""
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: must be a mapping")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -138,7 +147,7 @@ def _value(value: Any, wanted: str, source: str) -> Any:
         return None
     wanted = wanted.removesuffix(" | None")
     if wanted in _NESTED:
-        return _build(_NESTED[wanted], value, source)
+        return build(_NESTED[wanted], value, source)
     if wanted == "Span":
         try:
             return Span.parse(str(value))

@@ -28,7 +28,7 @@ from qdbev_train.training.auxiliary import TrainingHelps
 from qdbev_train.training.config import TrainConfig
 from qdbev_train.training.objective import ExtraLoss, Objective
 from qdbev_train.training.schedule import learning_rate_at, make_plan
-from qdbev_train.training.state import TrainingState
+from qdbev_train.training.state import TrainingState, load_helps
 from qdbev_train.training.stopping import StopRequest
 
 
@@ -45,14 +45,16 @@ class TrainingData:
     open: Callable[[int, int, int], Iterable[Sequence[Batch]]]
 
 
-def open_fabric() -> Fabric:
+def open_fabric(quantised: bool) -> Fabric:
     """One process on the machine's best device, or under torchrun as many as it started, joined by DDP."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         return Fabric(accelerator="auto", devices=1)
-    # The others wait while the first process evaluates, and without extra queries not everything has a gradient.
-    strategy = DDPStrategy(timeout=timedelta(hours=12), find_unused_parameters=True, broadcast_buffers=False)
+    # The others wait while the first process evaluates. In a student not everything need have a gradient.
+    strategy = DDPStrategy(
+        timeout=timedelta(hours=12), find_unused_parameters=quantised, forward_sync_buffers=False
+    )
     fabric = Fabric(accelerator="auto", devices=local, num_nodes=processes // local, strategy=strategy)
     fabric.launch()
     return fabric
@@ -60,15 +62,14 @@ def open_fabric() -> Fabric:
 
 def train_step(
     fabric: Fabric, objective: nn.Module, batch: Batch, prev_bev: Tensor | None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Losses of one batch with gradient, and the BEV map it leaves; `objective` is an Objective, perhaps in DDP."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """What `Objective.forward` gives for a batch; `objective` is one, perhaps in DDP."""
     device = fabric.device
     boxes = torch.tensor(float(sum(map(len, batch.labels))), device=device)
     positives = fabric.all_reduce(boxes, reduce_op="mean").clamp(min=1.0)  # type: ignore[union-attr]
     # A stream's first frame has no history; before the first step no stream has.
     has_prev = ~batch.is_first if prev_bev is not None else torch.zeros_like(batch.is_first)
-    losses: dict[str, Tensor]
-    losses, bev = objective(
+    result: tuple[dict[str, Tensor], dict[str, Tensor], Tensor] = objective(
         batch.images.to(device),
         batch.lidar2img.to(device),
         batch.can_bus.to(device),
@@ -78,7 +79,7 @@ def train_step(
         prev_bev,
         has_prev.to(device),
     )
-    return losses, bev
+    return result
 
 
 def train(
@@ -89,16 +90,22 @@ def train(
     quantisation: Any = None,
     extra_loss: ExtraLoss | None = None,
     evaluate: Callable[[Path], dict[str, float]] | None = None,
+    helps_from: Path | None = None,
+    rate_at: Callable[[int], float] | None = None,
 ) -> Path:
     """Trains for `config.length`, resuming from `config.out`/last.safetensors where there is one.
 
     `quantisation` goes into the model file of a student, `extra_loss` adds its losses to those of detection, `evaluate`
-    gives the scores of a model file. Returns the path of the finished model file; progress goes to the terminal and to
-    TensorBoard in `config.out`. Ctrl-C and SIGTERM save, and then raise KeyboardInterrupt.
+    gives the scores of a model file, `helps_from` is a training state whose training-only helps go on here, `rate_at`
+    gives the learning rate of a step where it isn't that of `config`. Returns the path of the finished model file;
+    progress goes to the terminal and to TensorBoard in `config.out`. Ctrl-C and SIGTERM save, and then raise
+    KeyboardInterrupt.
     """
-    fabric = open_fabric()
+    fabric = open_fabric(quantisation is not None)
     torch.manual_seed(config.seed + fabric.global_rank)
     helps = TrainingHelps(variant, config.query_groups, config.denoising_groups, config.dense_heads)
+    if helps_from is not None:
+        load_helps(helps, helps_from)
     objective = Objective(model, helps, config, extra_loss).to(fabric.device)
     objective.train()
     state = TrainingState(objective, config)
@@ -112,10 +119,10 @@ def train(
         for *history, batch in islice(batches, plan.steps - state.step):
             if history:
                 state.prev_bev = objective.remember(history)
-            rate = learning_rate_at(state.step, config, plan)
+            rate = learning_rate_at(state.step, config, plan) if rate_at is None else rate_at(state.step)
             state.set_learning_rate(rate)
-            losses, bev = train_step(fabric, module, batch, state.prev_bev)
-            stopped, scalars = run.agree(losses, stop.asked)
+            losses, numbers, bev = train_step(fabric, module, batch, state.prev_bev)
+            stopped, scalars = run.agree(losses, numbers, stop.asked)
             state.optimizer.zero_grad(set_to_none=True)
             fabric.backward(torch.stack(list(losses.values())).sum())
             norm = nn.utils.clip_grad_norm_(state.parameters.values(), config.clip_norm)
@@ -164,22 +171,27 @@ class _Run:
             total=steps, initial=state.step, desc=title, unit="step", smoothing=0.02, disable=not first
         )
 
-    def agree(self, losses: dict[str, Tensor], stop: bool) -> tuple[bool, dict[str, float]]:
-        """Whether any process was asked to stop, and the losses on average over the processes.
+    def agree(
+        self, losses: dict[str, Tensor], numbers: dict[str, Tensor], stop: bool
+    ) -> tuple[bool, dict[str, float]]:
+        """Whether any process was asked to stop, and what to log, on average over the processes.
 
         Raises ConfigError, on all of them, where a loss isn't finite.
         """
-        own = torch.stack([*losses.values(), torch.tensor(float(stop), device=self._fabric.device)]).detach()
+        device = self._fabric.device
+        named = {f"loss/{k}": v.detach() for k, v in losses.items()} | numbers
+        own = torch.stack(
+            [*(v.float().to(device) for v in named.values()), torch.tensor(float(stop), device=device)]
+        )
         mean = self._fabric.all_reduce(own, reduce_op="mean")
         assert isinstance(mean, Tensor)
         *values, stopped = mean.tolist()
-        total = sum(values)
+        total = sum(values[: len(losses)])
         if not torch.isfinite(torch.tensor(total)):
             raise ConfigError(
                 f"the loss is {total} at step {self._state.step}; lower learning_rate in the settings"
             )
-        named = {f"loss/{k}": v for k, v in zip(losses, values, strict=True)}
-        return stopped > 0, named | {"loss/total": total}
+        return stopped > 0, dict(zip(named, values, strict=True)) | {"loss/total": total}
 
     def log(self, progress: tqdm[Any], scalars: dict[str, float]) -> None:
         total = scalars["loss/total"]

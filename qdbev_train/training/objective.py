@@ -18,15 +18,22 @@ from qdbev_train.training.losses import Targets, detection_loss
 
 
 class ExtraLoss(Protocol):
-    """A further loss beside those of detection, such as a teacher's guidance. What it remembers is its own affair."""
+    """A further loss beside those of detection, such as a teacher's guidance; each process has its own."""
 
-    def remember(self, history: Sequence[Batch]) -> None:
-        """The past frames of a queue, oldest first; never called with streams."""
+    def remember(self, history: Sequence[Batch], device: torch.device) -> None:
+        """The past frames of a queue, oldest first, before the call for its last one; never called with streams."""
 
     def __call__(
-        self, out: Output, images: Tensor, lidar2img: Tensor, can_bus: Tensor, has_prev: Tensor
-    ) -> dict[str, Tensor]:
-        """Weighted losses by name, from the model's output and its inputs."""
+        self, out: Output, images: Tensor, lidar2img: Tensor, can_bus: Tensor, has_prev: Tensor, task: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(weighted losses, numbers to log) by name. From the model's output and its inputs; `task` is the sum of all
+        other losses, with its graph."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs, of the same shapes on every process."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
 
 
 class Objective(nn.Module):
@@ -58,8 +65,8 @@ class Objective(nn.Module):
         positives: Tensor,
         prev_bev: Tensor | None,
         has_prev: Tensor,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """(weighted losses by name, the BEV map (B, cells, C) without gradient).
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """(weighted losses, numbers that are only logged, the BEV map (B, cells, C) without gradient).
 
         The arguments are those of the model and of a Batch, on its device; positives: boxes in the batch of a process,
         on average over all of them.
@@ -81,9 +88,12 @@ class Objective(nn.Module):
         losses |= self.helps.losses(
             out.class_logits, out.boxes, out.bev, features, lidar2img, targets, layout, positives
         )
+        numbers: dict[str, Tensor] = {}
         if self.extra_loss is not None:
-            losses |= self.extra_loss(out, images, lidar2img, can_bus, has_prev)
-        return losses, out.bev.detach()
+            task = torch.stack(list(losses.values())).sum()
+            further, numbers = self.extra_loss(out, images, lidar2img, can_bus, has_prev, task)
+            losses |= further
+        return losses, {k: v.detach() for k, v in numbers.items()}, out.bev.detach()
 
     def precision(self, device: torch.device) -> AbstractContextManager[object]:
         """Where the network runs in bf16. Its losses are outside: they are float32."""
@@ -104,6 +114,6 @@ class Objective(nn.Module):
                 bev = self.model.remember(images, lidar2img, can_bus, bev, has_prev)
         self.model.train()
         if self.extra_loss is not None:
-            self.extra_loss.remember(history)
+            self.extra_loss.remember(history, device)
         assert bev is not None
         return bev

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_train.data.dataset import Batch
 from qdbev_train.distillation import (
     Distillation,
     DistillationConfig,
@@ -233,11 +234,15 @@ def test_the_gradient_is_that_of_finite_differences(mask: Tensor) -> None:
             assert float(tensor.grad.view(-1)[position]) == pytest.approx(slope, rel=1e-3, abs=1e-6)
 
 
+def look(teacher: Teacher, batch: Batch) -> Seen:
+    return teacher.see(batch.images, batch.lidar2img, batch.can_bus, ~batch.is_first)
+
+
 def test_the_teacher_keeps_its_own_memory_and_forgets_where_a_drive_begins() -> None:
     model = small_model()
     batches = frames(model, 3)
     teacher = Teacher(copy.deepcopy(model).train())
-    seen = [teacher.see((), b).bev for b in batches]
+    seen = [look(teacher, b).bev for b in batches]
     with torch.no_grad():
         wanted, previous = [], None
         for batch in batches:
@@ -246,9 +251,10 @@ def test_the_teacher_keeps_its_own_memory_and_forgets_where_a_drive_begins() -> 
     assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))
     assert not torch.equal(wanted[1], run_batch(model, batches[1], None).bev)
     # A new drive: what was seen before must not matter.
-    assert torch.equal(teacher.see((), batches[0]).bev, wanted[0])
+    assert torch.equal(look(teacher, batches[0]).bev, wanted[0])
     # With a queue its own past counts, whatever was seen before.
-    assert torch.equal(teacher.see(batches[:2], batches[2]).bev, wanted[2])
+    teacher.remember(batches[:2], torch.device("cpu"))
+    assert torch.equal(look(teacher, batches[2]).bev, wanted[2])
 
 
 def test_the_view_mask_is_that_of_the_calibration() -> None:
@@ -256,7 +262,7 @@ def test_the_view_mask_is_that_of_the_calibration() -> None:
     batch = frames(model, 1)[0]
     absent = replace(batch, lidar2img=batch.lidar2img.clone())
     absent.lidar2img[:, 2:] = 0.0
-    seen = Teacher(model).see((), absent)
+    seen = look(Teacher(model), absent)
     assert seen.mask.shape == (1, 6, model.variant.bev.cells)
     assert torch.equal(seen.mask, model.camera_tables(absent.lidar2img).mask)
     assert not seen.mask[:, 2:].any()
@@ -266,27 +272,20 @@ def test_the_view_mask_is_that_of_the_calibration() -> None:
 def distillation_step(
     config: DistillationConfig, scale: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(loss, logged, task) of a step of a student that differs a little from its teacher."""
-    teacher, student = small_model(), small_model()
+    """(loss, logged, share of its gradient) of a step of a student that differs a little from its teacher."""
+    teacher, student = Teacher(small_model()), small_model()
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     batch = frames(student, 1)[0]
     out = run_batch(student, batch, None)
     task = scale * (out.class_logits.square().mean() + out.boxes.square().mean())
-    distillation = Distillation(Teacher(teacher), "vgd", config)
-    loss, logged = distillation((), batch, out, task)
-    norms = [
-        torch.stack(
-            [
-                g.square().sum()
-                for g in torch.autograd.grad(x, [out.bev, *out.image_features], retain_graph=True)
-            ]
-        )
-        .sum()
-        .sqrt()
-        for x in (loss, task)
-    ]
+    loss, logged = Distillation(teacher, "vgd", config).loss(look(teacher, batch), out, task)
+    features = [out.bev, *out.image_features]
+    norms = []
+    for x in (loss, task):
+        gradients = torch.autograd.grad(x, features, retain_graph=True)
+        norms.append(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
     return loss, logged, norms[0] / norms[1]
 
 

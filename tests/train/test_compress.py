@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qdbev compress` for real, on pictures of the demo's drive and a very small model: stages, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from qdbev_ros.core.errors import ConfigError, DataError
+from qdbev_train.checkpoint import load_model, read_tensors, save_model
+from qdbev_train.cli import main
+from qdbev_train.quantization import PARTS
+from qdbev_train.quantization.layers import QuantisedLayer
+from qdbev_train.training import compress as compress_module
+from qdbev_train.training.compress import compress
+from qdbev_train.training.compression import CompressConfig, read_compression
+from qdbev_train.training.config import Span
+from qdbev_train.training.loop import TrainingData
+from qdbev_train.training.plot_command import read_scalar
+from qdbev_train.training.stages import StageLengths
+from tests.quantisation_samples import small_model, small_variant
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "config" / "compress").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "model.safetensors"
+    save_model(path, small_model(), small_variant(), {"steps": 0}, None)
+    return path
+
+
+def settings(teacher: Path, out: Path, method: str, **changes: object) -> CompressConfig:
+    """The vgd settings of nano, for a moment's training."""
+    config = read_compression(ROOT / "config" / "compress" / "nano_town_vgd.yaml")
+    assert config.training is not None
+    training = replace(
+        config.training, length=Span(8, "steps"), batch=1, save_every=100, mirror=0.0, light=0.0, turn=False,
+        query_groups=0, denoising_groups=1, dense_heads=False, out=str(out), warmup_steps=1,
+    )  # fmt: skip
+    data = replace(config.data, root=str(ROOT / "demo" / "town"), version="v1.0-mini", split="mini_val")
+    config = replace(
+        config,
+        method=method,
+        teacher=str(teacher),
+        data=data,
+        out=str(out),
+        training=None if method == "ptq" else replace(training, data=data),
+        calibration=replace(config.calibration, steps=2, batch=1),
+        stages_from="",
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def curve(out: Path, stage: str, name: str) -> tuple[list[int], list[float]]:
+    return read_scalar(out / stage, name)
+
+
+def test_every_method_leaves_a_model_that_runs_and_knows_where_it_comes_from(
+    teacher: Path, tmp_path: Path
+) -> None:
+    for method, on_grid in (("ptq", PARTS), ("qat", PARTS), ("float_control", None)):
+        config = settings(teacher, tmp_path / method, method)
+        if config.training is not None:
+            config = replace(config, training=replace(config.training, length=Span(2, "steps")))
+        path = compress(config)
+        model, variant, metadata = load_model(path)
+        assert variant == small_variant()
+        assert metadata["provenance"]["compression"]["method"] == method
+        assert metadata["provenance"]["teacher"] == {"steps": 0}
+        assert metadata.get("quantisation", {}).get("parts") == (None if on_grid is None else list(on_grid))
+        assert any(isinstance(m, QuantisedLayer) for m in model.modules()) == (on_grid is not None)
+        assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `out` of a view-guided compression that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    compress(settings(teacher, out, "vgd"))
+    return out
+
+
+DISTILLED_CURVES = ["loss/distillation", "distillation/image", "distillation/bev", "distillation/weight"]
+STAGES = ("1_backbone", "2_neck", "3_encoder", "4_decoder", "5_final")
+
+
+def test_the_parts_on_the_grid_are_those_of_the_stage_and_only_the_last_is_distilled(whole: Path) -> None:
+    for count, stage in enumerate(STAGES, start=1):
+        _, metadata = read_tensors(whole / stage / "model.safetensors")
+        assert metadata["quantisation"]["parts"] == list(PARTS[:count])
+        for name in DISTILLED_CURVES:
+            if stage == "5_final":
+                assert len(curve(whole, stage, name)[1]) == 2
+            else:
+                with pytest.raises(DataError, match="no scalar"):
+                    curve(whole, stage, name)
+    steps = [read_tensors(whole / s / "model.safetensors")[1]["provenance"]["steps"] for s in STAGES]
+    assert steps == [2, 1, 2, 1, 2]
+    _, metadata = read_tensors(whole / "model.safetensors")
+    assert [s["steps"] for s in metadata["provenance"]["stages"]] == steps
+    assert metadata["provenance"]["samples"] == 8
+
+
+def test_each_stage_warms_up_anew_or_all_share_one_curve(whole: Path, teacher: Path, tmp_path: Path) -> None:
+    restarted = [curve(whole, stage, "lr")[1][0] for stage in STAGES]
+    assert restarted == pytest.approx([restarted[0]] * 5)
+    two = StageLengths(backbone=0, neck=0, encoder=0, decoder=1, final=1)
+    compress(settings(teacher, tmp_path, "progressive", restart=False, stages=two))
+    rates = [rate for stage in ("1_decoder", "2_final") for rate in curve(tmp_path, stage, "lr")[1]]
+    assert len(rates) == 8
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+class Interrupted:
+    """Training data that press Ctrl-C at a step, counted over all stages."""
+
+    def __init__(self, data: TrainingData, at: int) -> None:
+        self.samples, self._data, self._at = data.samples, data, at
+
+    def open(self, step: int, rank: int, processes: int) -> Iterator[object]:
+        for frames in self._data.open(step, rank, processes):
+            if step == self._at:
+                signal.raise_signal(signal.SIGINT)
+            yield frames
+            step += 1
+
+
+def test_a_stopped_compression_goes_on_as_if_it_had_never_stopped(
+    whole: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped inside the encoder's stage, and again inside the distillation; same weights, same curves, to the bit."""
+    config, original = settings(teacher, tmp_path, "vgd"), compress_module.training_data
+    for stop_at in (3, 6):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                compress_module, "training_data", lambda *a, at=stop_at: Interrupted(original(*a), at)
+            )
+            with pytest.raises(KeyboardInterrupt, match="stopped at step 1 of 2"):
+                compress(config)
+    assert not (tmp_path / "model.safetensors").exists()
+    wanted, _ = read_tensors(whole / "model.safetensors")
+    got, _ = read_tensors(compress(config))
+    assert all(torch.equal(got[key], value) for key, value in wanted.items())
+    for stage in STAGES:
+        assert curve(tmp_path, stage, "loss/total") == curve(whole, stage, "loss/total")
+    assert curve(tmp_path, "5_final", "distillation/bev") == curve(whole, "5_final", "distillation/bev")
+
+
+def test_stages_of_another_compression_are_taken_over(whole: Path, teacher: Path, tmp_path: Path) -> None:
+    """The four before the distillation, which are the same; the last one is this compression's own."""
+    config = settings(teacher, tmp_path, "cwd_bev", stages_from=str(whole))
+    path = compress(config)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["5_final"]
+    ours, theirs = read_tensors(path)[0], read_tensors(whole / "model.safetensors")[0]
+    assert any(not torch.equal(ours[k], theirs[k]) for k in ours)
+    other = replace(config, calibration=replace(config.calibration, steps=3), out=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="calibration"):
+        compress(other)
+
+
+def test_going_on_with_other_settings_is_refused_by_name(whole: Path, teacher: Path) -> None:
+    with pytest.raises(ConfigError, match=r"other settings \(seed\)"):
+        compress(settings(teacher, whole, "vgd", seed=8))
+
+
+def test_learned_steps_move_and_helps_are_handed_on(whole: Path) -> None:
+    first, _ = read_tensors(whole / "1_backbone" / "model.safetensors")
+    last, _ = read_tensors(whole / "model.safetensors")
+    scales = [k for k in first if k.startswith("img_backbone.") and k.endswith("scale")]
+    assert any(not torch.equal(first[k], last[k]) for k in scales)
+    assert all((last[k] > 0).all() for k in last if k.endswith("scale"))
+    states = [read_tensors(whole / s / "last.safetensors")[0] for s in STAGES[:2]]
+    key = "helps.denoising_content.0.weight"
+    moved: Tensor = states[1][key] - states[0][key]
+    assert 0 < float(moved.abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_configurations_that_come_along_can_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QDBEV_NUSCENES", "/data/nuscenes")
+    config = read_compression(path)
+    assert json.loads(json.dumps(config.to_dict()))["method"] == config.method
+    if config.training is not None:
+        assert config.training.out == config.out
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"method": "magic"}, "method is 'magic'"),
+        ({"colour": 3}, "unknown keys ['colour']"),
+        ({"training": None}, "needs training"),
+        ({"stages": None}, "needs stages"),
+        ({"distillation": None}, "needs distillation"),
+        ({"freeze_ranges": 0.0}, "freeze_ranges"),
+        ({"calibration": {"steps": 0, "batch": 1}}, "at least 1"),
+        ({"quantisation": {"weight_bits": 4}}, "missing keys"),
+        ({"stages": {"backbone": 1.0}}, "missing keys"),
+        ({"training": {"out": "x"}}, "stand at the top"),
+    ],
+)
+def test_bad_settings_are_one_line_with_file_and_key(
+    change: dict[str, object], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = yaml.safe_load((ROOT / "config" / "compress" / "nano_town_vgd.yaml").read_text())
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(data | change))
+    assert main(["compress", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"qdbev: error: {path}")
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_overrides_by_name_or_one_by_one(tmp_path: Path) -> None:
+    data = yaml.safe_load((ROOT / "config" / "compress" / "nano_town_vgd.yaml").read_text())
+    path = tmp_path / "config.yaml"
+    own = [{"pattern": "*.sampling_offsets", "weight": 8, "activation": 8, "reason": "positions"}]
+    for overrides, name, bits in (
+        ("standard", "img_backbone.features.0.0", (7, 8)),
+        ("strict", "img_backbone.features.0.0", (4, 6)),
+        (own, "pts_bbox_head.transformer.encoder.layers.0.attentions.0.sampling_offsets", (8, 8)),
+    ):
+        changed = data["quantisation"] | {"overrides": overrides}
+        path.write_text(yaml.safe_dump(data | {"quantisation": changed}))
+        assert read_compression(path).quantisation.bits(name) == bits
+    path.write_text(yaml.safe_dump(data | {"quantisation": data["quantisation"] | {"overrides": "loose"}}))
+    with pytest.raises(ConfigError, match="overrides 'loose'"):
+        read_compression(path)
