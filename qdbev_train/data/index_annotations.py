@@ -49,8 +49,8 @@ def build_annotations(tables: Tables, samples: Arrays) -> Arrays:
     """
     reader = _Reader(tables, samples)
     chunks = [reader.columns(records) for records in tables.stream(TABLE)]
-    columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    chunks.clear()
+    # Column by column, so that not everything is there twice.
+    columns = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in list(chunks[0])}
     row = columns.pop("sample_row")
     velocity = _velocities(tables, columns, samples["time_us"][row])
     order = np.argsort(row, kind="stable")

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     numbers = contents(index) | {"seconds": time.monotonic() - begin}
     if args.json:
         write_json(args.json, numbers)
-    print(f"{args.dataroot} {args.version}: {numbers['scenes']} scenes, {numbers['samples']} samples")
+    print(f"{args.dataroot} {args.version}: scenes {numbers['scenes']}, samples {numbers['samples']}")
     print(f"{'boxes':22}{'all':>9}{'with points':>13}")
     for name, count in numbers["boxes"].items():
         print(f"  {name:20}{count['all']:9}{count['with_points']:13}")
@@ -79,6 +79,6 @@ def contents(index: Index) -> dict[str, Any]:
 def _say_which_have_no_can_bus(scenes: list[str]) -> None:
     if scenes:
         more = f" and {len(scenes) - LISTED} more" if len(scenes) > LISTED else ""
-        print(f"{len(scenes)} scenes without a CAN bus file: {', '.join(scenes[:LISTED])}{more}")
+        print(f"without a CAN bus file: {', '.join(scenes[:LISTED])}{more}")
     else:
         print("every scene has its CAN bus file")

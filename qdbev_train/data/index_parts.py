@@ -216,10 +216,8 @@ def _reading_fields(
 ) -> tuple[Ints, list[tuple[int, int]], list[tuple[str, str, str]]]:
     """Stamps, (width, height) and (token, ego pose token, file name) of readings."""
     names = texts(records, "filename")
-    for name in names:
-        name.encode()
-        if "\0" in name or not name:
-            raise ValueError(f"'filename' is {name!r}")
+    if not all(names):
+        raise ValueError("'filename' is empty")
     sizes = list(zip(integers(records, "width").tolist(), integers(records, "height").tolist()))
     if any(max(abs(w), abs(h)) >= 1 << 31 for w, h in sizes):
         raise ValueError("'width' or 'height' is no picture's size")

@@ -91,9 +91,11 @@ class Tables:
 
 
 def texts(records: Sequence[Record], field: str) -> list[str]:
-    """A field that holds text in every record. Raises KeyError, TypeError."""
+    """A field that holds printable text in every record. Raises KeyError, TypeError, ValueError."""
     values = [record[field] for record in records]
     _require(values, field, "text", str)
+    if not all(map(str.isprintable, values)):
+        raise ValueError(f"{field!r} holds a character that cannot be printed")
     return values
 
 
@@ -140,7 +142,8 @@ def _require(values: list[Any], field: str, kind: str, wanted: type) -> None:
 
 def _named(record: Any) -> str:
     token = record.get("token") if isinstance(record, dict) else None
-    return f"record {token}" if isinstance(token, str) else f"record {str(record)[:60]!r}"
+    printable = isinstance(token, str) and token.isprintable()
+    return f"record {token}" if printable else f"record {str(record)[:60]!r}"
 
 
 def _reason(fault: Exception) -> str:

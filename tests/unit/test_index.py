@@ -313,7 +313,7 @@ def test_the_command_says_what_is_there(
     assert found["boxes"]["traffic_cone"] == {"all": 8, "with_points": 0}
     assert found["scenes_without_can_bus"] == list(SCENES)
     assert found["index_bytes"] == sum(Path(path).stat().st_size for path in found["index"])
-    assert "8 samples" in capsys.readouterr().out
+    assert "scenes 2, samples 8" in capsys.readouterr().out
 
 
 def test_the_command_names_what_is_wrong(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

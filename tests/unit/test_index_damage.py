@@ -51,7 +51,7 @@ tricky_records = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=IN_ONE_TEST)
+@settings(max_examples=100, deadline=None, suppress_health_check=IN_ONE_TEST)
 @given(records=tricky_records, block=st.integers(1, 80), indent=st.sampled_from([None, 0, 2]))
 def test_a_table_read_in_blocks_is_the_table(
     tmp_path: Path, records: list[Any], block: int, indent: int | None
@@ -251,6 +251,16 @@ def change(row: int, **fields: Any) -> Callable[[list[Any]], Any]:
             "calibrated_sensor",
             change(1, camera_intrinsic=[]),
             "calibrated_sensor.json: record CAM_FRONT: 'camera_intrinsic' is not 3 rows of 3 numbers",
+        ),
+        (
+            "scene",
+            change(0, name="a\nb"),
+            "scene.json: record scene-0103: 'name' holds a character that cannot be pr",
+        ),
+        (
+            "sample",
+            change(0, token="a\nb"),
+            "sample.json: record .*: 'token' holds a character that cannot be printed",
         ),
         ("sensor", lambda r: r[0].pop("token"), "sensor.json: record .*: no field 'token'"),
     ],
