@@ -28,28 +28,29 @@ class _FakeQuantise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # In float32 whatever comes in: half precision has no room for a code and its remainder.
-        ratio = x.float() / scale
-        codes = torch.round(ratio)
-        inside = (codes >= low) & (codes <= high)
-        codes = codes.clamp(low, high)
+        codes = torch.round(x.float() / scale)
         ctx.learned = ctx.needs_input_grad[1]
         if ctx.learned:
-            ctx.shape = scale.shape
-            ctx.save_for_backward(inside, torch.where(inside, codes - ratio, codes), high)
+            ctx.save_for_backward(x, scale, low, high)
         else:
-            ctx.save_for_backward(inside)
-        return codes * scale
+            ctx.save_for_backward((codes >= low) & (codes <= high))
+        return codes.clamp(low, high) * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         # Straight through inside the range, nothing where the value was cut off.
-        inside, *learned = ctx.saved_tensors
-        if not learned:
+        if not ctx.learned:
+            (inside,) = ctx.saved_tensors
             return grad * inside, None, None, None
-        slope, high = learned
+        # Computed again, because x is often kept anyway (by the ReLU that made it) and what follows from it isn't.
+        x, scale, low, high = ctx.saved_tensors
+        ratio = x.float() / scale
+        codes = torch.round(ratio)
+        inside = (codes >= low) & (codes <= high)
+        slope = torch.where(inside, codes - ratio, codes.clamp(low, high))
         # Esser et al. 2020: without the factor a step, which all of a tensor pulls at, would outrun the weights.
-        factor = torch.rsqrt(high * inside[0].numel())
-        return grad * inside, (grad * slope).sum_to_size(ctx.shape) * factor, None, None
+        factor = torch.rsqrt(high * x[0].numel())
+        return grad * inside, (grad * slope).sum_to_size(scale.shape) * factor, None, None
 
     @staticmethod
     def symbolic(g: Any, x: Any, scale: Any, low: Any, high: Any) -> Any:
