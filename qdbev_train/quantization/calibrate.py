@@ -8,10 +8,10 @@ the output and repairs means; `post_training_quantise` does all of them in a row
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,14 @@ if TYPE_CHECKING:
 CORRECTION_FRAMES = 16
 
 
-def post_training_quantise(model: BEVFormer, frames: Collection[Batch], config: QuantConfig) -> BEVFormer:
+class Frames(Sized, Iterable["Batch"], Protocol):
+    """Batches in temporal order whose number is known; a list will do."""
+
+
+def post_training_quantise(model: BEVFormer, frames: Frames, config: QuantConfig) -> BEVFormer:
     """The W4A6 (or as `config` says) student of a trained model.
 
-    frames: batches in temporal order, such as a training stream gives them; all are read once. Parts that are on the
+    frames: such as a training stream gives them; all are read once. Parts that are on the
     grid already stay as they are and take part as they are: that is how progressive training switches on the next one.
     The model itself is changed and returned in eval mode.
     """
@@ -63,7 +67,7 @@ Kept = list[tuple["Batch", Tensor | None]]
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, frames: Collection[Batch], config: QuantConfig) -> Kept:
+def calibrate(model: nn.Module, frames: Frames, config: QuantConfig) -> Kept:
     """Sets every scale that there is none of yet, from what the network computes on `frames` without those.
 
     Returns evenly spread batches, together at most CORRECTION_FRAMES frames, each with the BEV map (B, cells, C) that

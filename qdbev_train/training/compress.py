@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -32,7 +32,7 @@ from qdbev_train.training.compression import CompressConfig
 from qdbev_train.training.config import Span, TrainConfig
 from qdbev_train.training.loop import TrainingData, train
 from qdbev_train.training.schedule import Plan, learning_rate_at
-from qdbev_train.training.stages import Stage, plan_stages
+from qdbev_train.training.stages import FINAL, Stage, plan_stages
 from qdbev_train.training.student import StudentLoss
 
 SETTINGS = "settings.json"
@@ -54,7 +54,7 @@ class _Job:
     processes: int
 
 
-class Frames(Collection[Batch]):
+class CalibrationFrames:
     """The first `count` batches of a stream, with a progress bar; read anew each time."""
 
     def __init__(self, stream: StreamDataset, count: int) -> None:
@@ -67,9 +67,6 @@ class Frames(Collection[Batch]):
         first = os.environ.get("RANK", "0") == "0"
         batches = islice(self._stream, self._count)
         return iter(tqdm(batches, total=self._count, desc="calibrate", unit="step", disable=not first))
-
-    def __contains__(self, batch: object) -> bool:
-        return any(batch is own for own in self)
 
 
 def compress(config: CompressConfig) -> Path:
@@ -84,7 +81,10 @@ def compress(config: CompressConfig) -> Path:
         _require_equal(config, other, _FREE_OF_OTHER)
     origin = metadata.get("provenance", {})
     result = out / "model.safetensors"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if config.method == "ptq":
+        if processes > 1:
+            raise ConfigError("method ptq is calibration alone; run it without torchrun")
         model, _, _ = load_model(config.teacher)
         model = post_training_quantise(
             model.to(_device()), calibration_frames(config, variant), config.quantisation
@@ -94,7 +94,7 @@ def compress(config: CompressConfig) -> Path:
         return result
     assert config.training is not None
     training = replace(config.training, variant=variant.name)
-    data, processes = training_data(training, variant), int(os.environ.get("WORLD_SIZE", "1"))
+    data = training_data(training, variant)
     steps = training.length.steps(-(-data.samples // (training.batch * processes)))
     job = _Job(config, variant, origin, data, training, steps, processes)
     stages = plan_stages(config.method, config.stages, config.quantisation.parts, steps)
@@ -108,29 +108,27 @@ def compress(config: CompressConfig) -> Path:
     return result
 
 
-def calibration_frames(config: CompressConfig, variant: Variant) -> Frames:
+def calibration_frames(config: CompressConfig, variant: Variant) -> CalibrationFrames:
     """Frames of the training data as they are, in temporal order."""
     scenes = load_scenes(Path(config.data.root), config.data.version, config.data.split)
-    return Frames(
-        StreamDataset(scenes, variant, config.calibration.batch, config.seed), config.calibration.steps
-    )
+    stream = StreamDataset(scenes, variant, config.calibration.batch, config.seed)
+    return CalibrationFrames(stream, config.calibration.steps)
 
 
 def _stage(job: _Job, number: int, stage: Stage, before: Path) -> Path:
     """Runs one stage from the model file `before`, unless it is finished; its model file."""
     config, name = job.config, f"{number}_{stage.name}"
-    for out in (Path(config.out), *([Path(config.stages_from)] if config.stages_from else [])):
-        # What comes after the common stages is each compression's own.
-        if out == Path(config.out) or not stage.distilled:
-            done = out / name / "model.safetensors"
-            if _finished(done, stage.steps):
-                _say(f"  {done} is finished already")
-                return done
+    # The final stage is each compression's own.
+    others = [config.stages_from] if config.stages_from and stage.name != FINAL else []
+    for out in (config.out, *others):
+        done = Path(out) / name / "model.safetensors"
+        if _finished(done, stage.steps):
+            _say(f"  {done} is finished already")
+            return done
     folder = Path(config.out) / name
     quantisation = replace(config.quantisation, parts=stage.parts) if stage.parts else None
     resumed = (folder / "last.safetensors").exists()
     model, variant = _start(job, stage, before, quantisation, resumed), job.variant
-    evaluation = config.evaluation
     training = replace(
         job.training,
         out=str(folder),
@@ -149,7 +147,7 @@ def _stage(job: _Job, number: int, stage: Stage, before: Path) -> Path:
         ),
         None if quantisation is None else quantisation.to_dict(),
         _student_loss(job, stage, model),
-        partial(official_scores, training) if evaluation is not None else None,
+        partial(official_scores, training) if config.evaluation is not None else None,
         helps_from=helps if helps.exists() else None,
         rate_at=None if config.restart else _one_curve(job, stage),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.core.variant import BackboneSpec
-from qdbev_train.export.graph import export_master
+from qdbev_ros.engine.lowering import lower_u8
+from qdbev_train.export.graph import INPUTS, export_master
+from qdbev_train.model import build_model
 from qdbev_train.model.dcn import ModulatedDeformConv2d
 from qdbev_train.model.layers import conv_bn, frozen_batchnorm
 from qdbev_train.model.resnet import ResNet
@@ -38,7 +41,10 @@ from qdbev_train.quantization.layers import (
 )
 from qdbev_train.quantization.ranges import Histogram, activation_scale, weight_scales
 from qdbev_train.quantization.report import describe
+from tests.model_samples import small_variant as sample_variant
+from tests.model_samples import unsettle
 from tests.quantisation_samples import frames, small_model, small_variant
+from tests.unit.test_lowering import plain_session
 
 RUNNING = QuantConfig(weight_range="minmax", activation_range="minmax", scales="running")
 LEARNED = QuantConfig(scales="learned")
@@ -389,3 +395,25 @@ def test_deformable_convolutions_are_quantised_and_their_offsets_at_eight_bits()
     assert all(layer.conv_offset.weight.grad.abs().sum() > 0 for layer in deformable)
     kinds = {e["name"]: e["kind"] for e in describe(student, QuantConfig())["layers"]}
     assert kinds["layer1.0.conv2"] == "deformable convolution"
+
+
+@torch.no_grad()
+def test_a_model_with_deformable_convolutions_exports_to_the_same_function() -> None:
+    variant = replace(sample_variant(), backbone=BackboneSpec("resnet", 50, "caffe", (1,), (1,), 1))
+    torch.manual_seed(0)
+    model = build_model(variant).eval()
+    unsettle(model)
+    student = post_training_quantise(model, frames(model, 2), QuantConfig(weight_rounding="nearest"))
+    batch = frames(student, 1)[0]
+    tables = student.camera_tables(batch.lidar2img)
+    history = student.align_history(batch.can_bus, None, None)
+    views = (tables.points, tables.cells, tables.slots, tables.weights)
+    inputs = (batch.images, *views, batch.can_bus, *history)
+    wanted = student.forward_tensors(*inputs)
+    session = plain_session(lower_u8(export_master(student, variant)).SerializeToString())
+    names = {i.name for i in session.get_inputs()}
+    feeds = {n: t.numpy() for n, t in zip(INPUTS, inputs, strict=True) if n in names}
+    logits, boxes, bev = session.run(None, feeds)
+    assert abs(logits - wanted.class_logits[-1, 0].numpy()).max() < 1e-3
+    assert abs(boxes - wanted.boxes[-1, 0].numpy()).max() < 1e-3
+    assert abs(bev - wanted.bev[0].numpy()).max() < 1e-3
