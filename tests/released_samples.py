@@ -17,6 +17,9 @@ from qdbev_ros.core.variant import CLASSES
 from qdbev_train import cli
 from tests.model_samples import small_variant
 
+CONFIG = Path(cli.__file__).resolve().parents[1] / "config"
+TRAIN, COMPRESS = CONFIG / "train" / "nano_town.yaml", CONFIG / "compress" / "nano_town_ptq.yaml"
+
 META = {
     "env_info": "sys.platform: linux",
     "config": "model = dict(type='BEVFormer')",
@@ -56,3 +59,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     code, out, lines = run(capsys, *arguments)
     assert (code, out, len(lines)) == (2, "", 1), lines
     return lines[0]
+
+
+def write_config(path: Path, config: Path, root: Path, **changes: Any) -> Path:
+    """The settings of `config` with `changes`, on the small data set in `root`."""
+    data = {"data": {"root": str(root), "version": "v1.0-mini", "split": "mini_val"}}
+    path.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | data | changes))
+    return path

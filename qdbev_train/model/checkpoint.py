@@ -71,6 +71,11 @@ def grouped(keys: Sequence[str]) -> str:
     return ", ".join(f"{prefix}.* {count}".lstrip(".") for prefix, count in groups.items())
 
 
+def shown(text: str) -> str:
+    """Text of a file for a terminal: damage and malice put control characters into names."""
+    return text if text.isprintable() else repr(text)
+
+
 def find_misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Misfit:
     """Compares keys, shapes, and whether the numbers are floating; a precision may differ."""
     misshaped = {}
@@ -84,7 +89,7 @@ def find_misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Mi
             misshaped[key] = f"is {own.dtype} ({own.layout}) but must be {tensor.dtype}"
     return Misfit(
         tuple(key for key in wanted if key not in given),
-        tuple(key for key in given if key not in wanted),
+        tuple(shown(key) for key in given if key not in wanted),
         misshaped,
     )
 

@@ -70,14 +70,16 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _table(report: dict[str, Any]) -> str:
-    meta = " · ".join(f"{key} {value}" for key, value in report["meta"].items())
+    from qdbev_train.model.checkpoint import shown
+
+    meta = " · ".join(f"{key} {shown(str(value))}" for key, value in report["meta"].items())
     converted = ", ".join(f"{count} tensors from {kinds}" for kinds, count in report["converted"].items())
     rows = {
         "variant": report["variant"] + ("" if report["given"] else ", as its shapes say"),
         "parameters": f"{report['parameters']:,}",
         "tensors": str(report["tensors"]),
         "converted": converted,
-        "left out": ", ".join(report["left_out"]),
+        "left out": ", ".join(shown(key) for key in report["left_out"]),
         "its meta": meta,
         "source": f"{report['source']['file']}, {_file(report['source'])}",
         "wrote": f"{report['result']['file']}, {_file(report['result'])}",

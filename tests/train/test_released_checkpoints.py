@@ -22,7 +22,16 @@ from qdbev_train.model import load_bevformer_checkpoint
 from qdbev_train.released.detection import expected_state, fitting_variant
 from qdbev_train.released.reading import read_released
 from tests.model_samples import can_bus, rig, small_model
-from tests.released_samples import META, mmcv_content, refusal, run, write_sample_variant
+from tests.released_samples import (
+    COMPRESS,
+    META,
+    TRAIN,
+    mmcv_content,
+    refusal,
+    run,
+    write_config,
+    write_sample_variant,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +117,16 @@ def test_importing_and_exporting_twice_gives_the_same_bytes(
     assert {kind: len(contents) for kind, contents in files.items()} == dict.fromkeys(files, 1)
 
 
+def without_checksums(state: dict[str, Tensor], path: Path) -> None:
+    computed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    torch.save(state, path)
+    torch.serialization.set_crc32_options(computed)
+
+
 WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
     "bare state dict": lambda state, path: torch.save(state, path),
+    "no checksums": without_checksums,
     "DataParallel": lambda state, path: torch.save({f"module.{k}": v for k, v in state.items()}, path),
     "before torch 1.6": lambda state, path: torch.save(
         mmcv_content(state), path, _use_new_zipfile_serialization=False
@@ -235,6 +252,24 @@ def test_an_imported_model_is_scored_and_packed(
     code, out, _ = run(capsys, "inspect", package)
     assert code == 0
     assert '"file": "a.pth"' in out  # where the weights came from travels along
+
+
+def test_an_imported_model_is_compressed_and_trained_on(
+    imported: Path, tmp_path: Path, sample_yaml: Path, small_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = {"out": str(tmp_path / "student")}
+    settings = out | {"teacher": str(imported), "calibration": {"steps": 1, "batch": 1}}
+    compress = write_config(tmp_path / "compress.yaml", COMPRESS, small_root, **settings)
+    assert run(capsys, "compress", compress)[0] == 0
+    _, metadata = read_tensors(tmp_path / "student" / "model.safetensors")
+    assert metadata["provenance"]["teacher"]["source"]["file"] == "a.pth"
+    settings = {"out": str(tmp_path / "tuned"), "init": str(imported), "variant": str(sample_yaml)}
+    settings |= {"length": "1 steps", "batch": 1}
+    train = write_config(tmp_path / "train.yaml", TRAIN, small_root, **settings)
+    assert run(capsys, "train", train)[0] == 0
+    assert (
+        run(capsys, "export-bevformer", tmp_path / "tuned" / "model.safetensors", tmp_path / "b.pth")[0] == 0
+    )
 
 
 def test_exported_files_have_the_layout_that_mmcv_reads(

@@ -13,19 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from qdbev_ros.core.errors import QdbevError
 from qdbev_ros.core.variant import CLASSES, load_variant
-from qdbev_train import cli
 from qdbev_train.checkpoint import save_model, write_tensors
 from qdbev_train.quantization import QuantConfig
 from qdbev_train.released.detection import expected_state, fitting_variant
 from tests.model_samples import small_model
-from tests.released_samples import mmcv_content, refusal, run, write_sample_variant
-
-ROOT = Path(cli.__file__).resolve().parents[1]
+from tests.released_samples import (
+    COMPRESS,
+    TRAIN,
+    mmcv_content,
+    refusal,
+    run,
+    write_config,
+    write_sample_variant,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +57,14 @@ def test_another_variant_than_given_is_named(name: str, given: str) -> None:
 def test_a_few_wrong_keys_are_all_named() -> None:
     state = dict(expected_state(load_variant("tiny")))
     del state["img_neck.lateral_convs.0.conv.bias"]
-    state["pts_bbox_head.extra"] = torch.zeros(1)
+    state["pts_bbox_head.extra"] = state["odd\nname\x1b[31m"] = torch.zeros(1)
     state["pts_bbox_head.cls_branches.5.6.weight"] = torch.zeros(3, 256)
     state["pts_bbox_head.cls_branches.5.6.bias"] = torch.zeros(10, dtype=torch.int8)
     with pytest.raises(QdbevError) as caught:
         fitting_variant("a.pth", state, None, False)
     assert str(caught.value) == (
         "a.pth: does not fit variant tiny: 1 missing: img_neck.lateral_convs.0.conv.bias; "
-        "1 unexpected: pts_bbox_head.extra; "
+        "2 unexpected: pts_bbox_head.extra, 'odd\\nname\\x1b[31m'; "
         "2 mis-shaped: pts_bbox_head.cls_branches.5.6.weight is (3, 256) but must be (10, 256), "
         "pts_bbox_head.cls_branches.5.6.bias is torch.int8 (torch.strided) but must be torch.float32"
     )
@@ -136,6 +140,12 @@ def torch_bytes(content: Any, old: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+def flipped(content: bytes) -> bytes:
+    """With one bit of a weight turned over."""
+    place = content.index(torch.full((3,), 0.5).numpy().tobytes())
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 def other_zip() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -147,6 +157,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "truncated": (torch_bytes({"a": torch.zeros(5000)})[:9000], "cut short or damaged"),
     "truncated, old": (torch_bytes({"a": torch.zeros(5000)}, old=True)[:9000], "not a whole torch file"),
     "truncated in the pickle, old": (torch_bytes({"a": torch.zeros(9)}, old=True)[:150], "not a whole torch file"),
+    "one wrong bit": (flipped(torch_bytes({"a": torch.full((5000,), 0.5)})), "Bad CRC-32 for file 'archive/data/0'"),
     "another zip": (other_zip(), "a zip archive, but not one that torch wrote"),
     "text": (b"epoch 24 of my training\n", "a text file, not a checkpoint"),
     "web page": (b"\n<!DOCTYPE html><html><title>Sign in</title>", "a web page, not a checkpoint: the download failed"),
@@ -223,16 +234,14 @@ def test_other_commands_say_how_a_released_file_becomes_a_checkpoint(
 ) -> None:
     source = tmp_path / "tiny_epoch_24.pth"
     torch.save(mmcv_content(weights), source)
-    train = yaml.safe_load((ROOT / "config/train/nano_town.yaml").read_text())
-    compress = yaml.safe_load((ROOT / "config/compress/nano_town.yaml").read_text())
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump(train | {"init": str(source)}))
-    (tmp_path / "compress.yaml").write_text(yaml.safe_dump(compress | {"teacher": str(source)}))
+    train = write_config(tmp_path / "train.yaml", TRAIN, small_root, init=str(source))
+    compress = write_config(tmp_path / "compress.yaml", COMPRESS, small_root, teacher=str(source))
     for command in (
         ("eval", source, small_root, "--version", "v1.0-mini", "--split", "mini_val"),
         ("export", source, tmp_path / "a.qdbev"),
         ("export-bevformer", source, tmp_path / "a.pth"),
-        ("train", tmp_path / "train.yaml"),
-        ("compress", tmp_path / "compress.yaml"),
+        ("train", train),
+        ("compress", compress),
     ):
         assert f"`qdbev import-bevformer {source} tiny_epoch_24.safetensors`" in refusal(capsys, *command), (
             command
