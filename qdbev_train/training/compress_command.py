@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 EXAMPLE = """example:
@@ -37,4 +38,6 @@ def run(args: argparse.Namespace) -> None:
         from qdbev_train.evaluation.metrics import require_devkit
 
         require_devkit(config.data.version, config.evaluation.split)
-    print(f"wrote {compress(config)}")
+    path = compress(config)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one speaks
+        print(f"wrote {path}")
