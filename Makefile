@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint bench clean
 
 ENV = . scripts/env.sh
 
@@ -24,6 +24,10 @@ test: ## all tests that this machine can run; names the rest and why
 lint: ## ruff and mypy
 	@scripts/setup.sh test
 	@$(ENV) && ruff check . && ruff format --check . && mypy
+
+bench: ## time and memory of the float models, PyTorch beside ONNX Runtime; leaves out/bench.json
+	@scripts/setup.sh test
+	@$(ENV) && python benchmarks/float_model.py
 
 clean: ## removes .venv and what was built; keeps out/, data/ and the message packages in the cache folder
 	rm -rf .venv .venv.lock build install log .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
