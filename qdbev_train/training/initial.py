@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ def starting_model(config: TrainConfig, data: TrainingData) -> tuple[BEVFormer, 
         spread_references(model)
     else:
         path = Path(config.init.removeprefix(BACKBONE))
-        print(f"{path}: {load_backbone(model, path)}")
+        said = load_backbone(model, path)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one speaks
+            print(f"{path}: {said}")
     model.freeze_backbone(1)
     return model, variant, None
 

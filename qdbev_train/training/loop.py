@@ -207,6 +207,7 @@ class _Run:
         if self._fabric.is_global_zero:
             made = provenance(state.config, state.step, self._fabric.world_size)
             save_model(self.model_file, state.objective.model, self._variant, made, self._quantisation)
+        self._fabric.barrier()  # whoever goes on may read the files
 
     def evaluate(self) -> None:
         """Scores the model as it is; the first process does, the others wait."""

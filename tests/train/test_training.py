@@ -315,25 +315,47 @@ def test_in_bf16_positions_and_outputs_are_float32() -> None:
     assert (centres.bfloat16().float() != centres).float().mean() > 0.9
 
 
-def test_a_further_loss_is_added_and_sees_inputs_and_outputs(tmp_path: Path) -> None:
-    variant = micro_variant()
-    seen = []
+class Pull:
+    """A further loss that pulls the map towards zero, weakening with every call."""
 
-    class Pull:
-        def remember(self, history: Sequence[Batch]) -> None:
-            seen.append(len(history))
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.calls = torch.tensor(0.0)
 
-        def __call__(self, out: Output, images: Tensor, *_: Tensor) -> dict[str, Tensor]:
-            seen.append(images.shape[0])
-            return {"pull": 3.0 * out.bev.square().mean()}
+    def remember(self, history: Sequence[Batch], device: torch.device) -> None:
+        self.seen.append(len(history))
 
+    def __call__(
+        self, out: Output, images: Tensor, *_: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self.seen.append(images.shape[0])
+        self.calls = self.calls + 1
+        return {"pull": out.bev.square().mean() / self.calls}, {"calls": self.calls}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"calls": self.calls}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.calls = state["calls"]
+
+
+def test_a_further_loss_is_added_logged_and_resumed(tmp_path: Path) -> None:
+    variant, batch = micro_variant(), random_batch(0, micro_variant())
     torch.manual_seed(0)
-    config = micro_config(tmp_path, length=Span(2, "steps"))
-    batch = random_batch(0, variant)
-    data = TrainingData(1, lambda *_: iter([(batch, batch, batch)] * 2))
-    train(build_model(variant), variant, config, data, extra_loss=Pull())
-    assert seen == [2, 2, 2, 2]  # two frames remembered, then two rows, twice
-    assert all(value > 0 for value in read_scalar(tmp_path, "loss/pull")[1])
+    model, seen = build_model(variant), []
+    for steps in (2, 3):  # the second run goes on with the third step
+        pull = Pull()
+        data = TrainingData(1, lambda *_: iter([(batch, batch, batch)] * 2))
+        train(model, variant, micro_config(tmp_path, length=Span(steps, "steps")), data, extra_loss=pull)
+        seen.append(pull.seen)
+    assert seen == [[2, 2, 2, 2], [2, 2]]  # two frames remembered, then two rows, each step
+    assert read_scalar(tmp_path, "calls")[1] == [1, 2, 3]
+    named = [
+        read_scalar(tmp_path, f"loss/{name}")[1] for name in ("class", "box", "denoising", "pull", "group")
+    ]
+    dense = [read_scalar(tmp_path, f"loss/{name}")[1] for name in ("bev_dense", "image_dense")]
+    total = read_scalar(tmp_path, "loss/total")[1]
+    assert total == pytest.approx([sum(values) for values in zip(*named, *dense)])
 
 
 def test_a_random_backbone_gets_batchnorms_that_normalise(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real processes under torchrun, on CPUs (gloo): they train as one does with twice the batch, also when stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from qdbev_ros.core.variant import load_variant
+from qdbev_train.checkpoint import read_tensors, save_model, write_tensors
+from qdbev_train.cli import main
+from qdbev_train.model import build_model
+from qdbev_train.training.plot_command import read_scalar
+from tests.model_samples import small_variant
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+WIDTH = small_variant().transformer.channels
+CONFIG = """
+variant: {variant}
+data: {{root: {root}, version: v1.0-mini, split: mini_val}}
+evaluation: null
+out: {out}
+init: {start}
+precision: float32
+history: {history}
+length: 8 steps
+batch: {batch}
+learning_rate: 1.0e-3
+backbone_factor: 0.1
+weight_decay: 0.01
+warmup_steps: 2
+clip_norm: 35.0
+query_groups: 0
+denoising_groups: 0
+dense_heads: false
+mirror: 0.0
+turn: false
+light: 0.0
+photometric: true
+grid_mask: 0.0
+seed: 3
+save_every: 2
+"""
+
+
+def write_config(folder: Path, root: Path, name: str, batch: int, history: str) -> Path:
+    """Without dropout: two processes cannot draw the random numbers of one."""
+    variant = small_variant()
+    variant = replace(variant, transformer=replace(variant.transformer, dropout=0.0))
+    (folder / "variant.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(variant.to_dict()))))
+    start = folder / "start.safetensors"
+    torch.manual_seed(0)
+    save_model(start, build_model(variant), load_variant(folder / "variant.yaml"), {}, None)
+    config = folder / f"{name}.yaml"
+    place = {"variant": folder / "variant.yaml", "root": root, "out": folder / name, "start": start}
+    config.write_text(CONFIG.format(batch=batch, history=history, **place))
+    return config
+
+
+def run_two_processes(config: Path) -> str:
+    """What tests/ddp_worker.py prints under torchrun; nothing of it is left running, whatever happens."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*torchrun, str(ROOT / "tests" / "ddp_worker.py"), str(config)],
+        cwd=ROOT,
+        env=os.environ | paths,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=180)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
+    tmp_path: Path, small_root: Path
+) -> None:
+    """A SIGTERM to one of them stops both at the same step; both go on where they were."""
+    said = run_two_processes(write_config(tmp_path, small_root, "two", batch=1, history="stream"))
+    stops = re.findall(r"qdbev: stopped at step (\d+) of 8; the same command goes on from there", said)
+    assert len(stops) == 1
+    assert 2 <= int(stops[0]) < STEPS
+    assert all(f"process {rank} was stopped" in said for rank in range(2))
+    assert said.count("wrote") == 1
+
+    assert main(["train", str(write_config(tmp_path, small_root, "one", batch=2, history="stream"))]) == 0
+    one, two = (read_tensors(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one[1]["provenance"]["samples"] == two[1]["provenance"]["samples"] == 2 * STEPS
+    curves = [read_scalar(tmp_path / name, "loss/total") for name in ("one", "two")]
+    assert curves[0][0] == curves[1][0] == list(range(1, STEPS + 1))
+    assert curves[1][1] == pytest.approx(curves[0][1], rel=1e-5)
+    for key, value in one[0].items():
+        other = two[0][key]
+        if key.endswith("attn.in_proj_bias"):
+            # Softmax ignores the keys' bias: its gradient is rounding alone, which AdamW blows up to full steps.
+            value, other = (torch.cat([x[:WIDTH], x[2 * WIDTH :]]) for x in (value, other))
+        torch.testing.assert_close(other, value, rtol=1e-5, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_another_number_of_processes_is_refused(
+    tmp_path: Path, small_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One process begins; the file is made to say that there were two."""
+    config = write_config(tmp_path, small_root, "run", batch=2, history="stream")
+    assert main(["train", str(config)]) == 0
+    last = tmp_path / "run" / "last.safetensors"
+    tensors, metadata = read_tensors(last)
+    write_tensors(last, tensors, metadata | {"processes": 2})
+    assert main(["train", str(config)]) == 2
+    assert "is of a run on 2 processes, this one has 1" in capsys.readouterr().err
