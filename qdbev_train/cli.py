@@ -17,6 +17,7 @@ COMMANDS = (
     "qdbev_train.data.index_command",
     "qdbev_train.init_command",
     "qdbev_train.training.command",
+    "qdbev_train.training.plot_command",
     "qdbev_train.training.compress_command",
     "qdbev_train.released.command",
     "qdbev_train.export.command",
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QdbevError as error:
         print(f"qdbev: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("qdbev: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"qdbev: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) went away, which is no error; Python would complain at exit.
