@@ -13,41 +13,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.turns import Row, Turns, Worker, cores, cpu_name, free_gb, serve
 from qdbev_ros.core.errors import DataError, QdbevError
 from qdbev_ros.core.variant import load_variant
 
 ROOT = Path(__file__).resolve().parents[1]
 TOWN = (ROOT / "demo" / "town", "v1.0-mini", "mini_val")  # comes with the project
 RECIPE = ROOT / "config" / "train" / "tiny_nuscenes.yaml"
-UNUSED = {
-    "QDBEV_NUSCENES": "-",
-    "QDBEV_BACKBONE": "-",
-}  # the recipe asks for them; data and weights are others here
+# The recipe asks for these; data and weights are others here.
+UNUSED = {"QDBEV_NUSCENES": "-", "QDBEV_BACKBONE": "-"}
+UNCOUNTED = ("export",)  # the tracing of torch's exporter does not survive the counter of operations
 SMALL = ("nano", "tiny")  # warmed up, repeated and trained; the others run each forward pass once, cold
-NEEDED_GB = {
-    "nano": 2.0,
-    "tiny": 6.0,
-    "small": 8.0,
-    "base": 10.0,
-}  # memory that must be free, other variants as base
+# Memory that must be free; variants that are not named here need as much as base.
+NEEDED_GB = {"nano": 2.0, "tiny": 6.0, "small": 8.0, "base": 10.0}
 GEMM = 2048  # rows and columns of the matrix product
 SAME = 1e-3  # relative difference of the mean |logit| above which two engines do not run the same function
-
-Turns = Iterator[None]
 
 # What runs in a process of its own: each gets ready, then does its work once a turn.
 
@@ -153,137 +143,18 @@ JOBS: dict[tuple[str, str], Callable[[str, Path, Turns], None]] = {
 }
 
 
-def work(engine: str, stage: str, variant: str, folder: str) -> None:
-    """A process's life: one line of JSON when ready, then one after each turn; a line on stdin is a turn."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints must not come between
-    if engine == "torch":
-        import torch
-
-        torch.set_num_threads(cores())
-
-    def answer(**data: float) -> None:
-        print(json.dumps(data), file=answers, flush=True)
-
-    def turns() -> Turns:
-        answer()
-        for number, _ in enumerate(sys.stdin):
-            if number == 0:
-                Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
-            # Counting takes no time to speak of, but the exporter's tracing does not survive it.
-            counted = engine == "torch" and stage != "export" and number == 0
-            with flop_counter() if counted else nullcontext() as counter:
-                begin, busy = time.perf_counter(), time.process_time()
-                yield
-                seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - busy
-            flops = counter.get_total_flops() if counter is not None else 0
-            answer(seconds=seconds, cpu_seconds=cpu_seconds, flops=flops, peak_mb=peak_mb())
-
-    JOBS[engine, stage](variant, Path(folder), turns())
+# What asks them in turn.
 
 
-def flop_counter() -> Any:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    return FlopCounterMode(display=False)
-
-
-def peak_mb() -> float:
-    """Peak of this process's resident memory in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-# What starts them and asks them in turn.
-
-
-@dataclass
-class Row:
-    """One measured thing: seconds of its runs, by the clock and of all its threads together, floating point operations
-    of one run, peak memory in MiB."""
-
-    variant: str
-    engine: str
-    stage: str
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    flops: float = 0.0
-    peak_mb: float = 0.0
-
-    def to_dict(self, peak_rate: float) -> dict[str, Any]:
-        """Plain data; `peak_rate` is the machine's operations a second."""
-        median = statistics.median(self.seconds)
-        return {
-            "variant": self.variant,
-            "engine": self.engine,
-            "stage": self.stage,
-            "ms_median": round(median * 1e3, 1),
-            "ms_min": round(min(self.seconds) * 1e3, 1),
-            "cpu_ms_median": round(statistics.median(self.cpu_seconds) * 1e3, 1),
-            "runs": len(self.seconds),
-            "gflop": round(self.flops / 1e9, 1),
-            "fraction_of_peak": round(self.flops / median / peak_rate, 3),
-            "peak_mb": round(self.peak_mb),
-        }
-
-
-class Worker:
-    """A row's process. Use as a context manager: it ends with it, and has nothing left to say then."""
-
-    def __init__(self, row: Row, folder: Path) -> None:
-        self.row = row
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
-        # Threads that wait in a loop would take the cores from the process whose turn it is.
-        environment = {**UNUSED, **os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1"}
-        command = [sys.executable, __file__, "work", row.engine, row.stage, row.variant, str(folder)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-        )
-
-    def __enter__(self) -> Worker:
-        self._answer()
-        return self
-
-    def turn(self) -> None:
-        """One run; the first one also counts operations."""
-        assert self._process.stdin is not None
-        print(file=self._process.stdin, flush=True)
-        answer = self._answer()
-        self.row.seconds.append(answer["seconds"])
-        self.row.cpu_seconds.append(answer["cpu_seconds"])
-        self.row.flops = self.row.flops or answer["flops"]
-        self.row.peak_mb = answer["peak_mb"]
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._errors.close()
-
-    def _answer(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            last = (self._errors.read().strip().splitlines() or ["killed, perhaps for its memory"])[-1]
-            row = self.row
-            raise DataError(f"{row.variant} {row.engine} {row.stage} ended: {last}")
-        return dict(json.loads(line))
+def worker(row: Row, folder: Path) -> Worker:
+    """The process of a row; it is this file again."""
+    return Worker(row, [__file__, "work", row.engine, row.stage, row.variant, str(folder)], UNUSED)
 
 
 def measure(variant: str, repeats: int, folder: Path, bar: tqdm[Any]) -> list[Row]:
     """The rows of a variant; the matrix product is the first."""
     bar.set_description(f"{variant}: export")
-    with Worker(Row(variant, "torch", "export"), folder) as exporter:
+    with worker(Row(variant, "torch", "export"), folder) as exporter:
         exporter.turn()
     bar.update()
     gemm = Row(variant, "torch", "gemm")
@@ -291,24 +162,24 @@ def measure(variant: str, repeats: int, folder: Path, bar: tqdm[Any]) -> list[Ro
     if variant in SMALL:
         rows.append(Row(variant, "torch", "train_step"))
         with ExitStack() as stack:
-            workers = [stack.enter_context(Worker(row, folder)) for row in (gemm, *rows)]
+            workers = [stack.enter_context(worker(row, folder)) for row in (gemm, *rows)]
             for number in range(repeats + 1):
-                for worker in workers:
-                    bar.set_description(f"{variant}: {worker.row.engine} {worker.row.stage}")
-                    worker.turn()
+                for one in workers:
+                    bar.set_description(f"{variant}: {one.row.engine} {one.row.stage}")
+                    one.turn()
                     if number == 0:  # the warm-up
-                        worker.row.seconds.clear()
-                        worker.row.cpu_seconds.clear()
+                        one.row.seconds.clear()
+                        one.row.cpu_seconds.clear()
                     bar.update()
     else:
-        with Worker(gemm, folder) as reference:
+        with worker(gemm, folder) as reference:
             for row in rows:
                 bar.set_description(f"{variant}: {row.engine} {row.stage}")
                 for _ in range(3):
                     reference.turn()
                 # One at a time: two large models side by side might not fit.
-                with Worker(row, folder) as worker:
-                    worker.turn()
+                with worker(row, folder) as own:
+                    own.turn()
                 bar.update()
     torch_row, other = rows[:2]
     other.flops = torch_row.flops
@@ -318,18 +189,6 @@ def measure(variant: str, repeats: int, folder: Path, bar: tqdm[Any]) -> list[Ro
             f"{variant}: PyTorch and ONNX Runtime differ: mean |logit| {said[0]:g} and {said[1]:g}"
         )
     return [gemm, *rows]
-
-
-def free_gb() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024**2 for line in lines if line.startswith("MemAvailable"))
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU"
-    )
 
 
 def run(variants: list[str], repeats: int) -> dict[str, Any]:
@@ -367,17 +226,24 @@ def table(data: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
-        lines.append(
-            f"| {row['variant']} | {row['stage']} | {row['engine']} | {row['ms_median']:.0f} | {row['ms_min']:.0f} "
-            f"| {row['cpu_ms_median']:.0f} | {row['runs']} | {row['gflop']:.0f} | {row['fraction_of_peak']:.0%} | {row['peak_mb']} |"
-        )
+        times = [f"{row[key]:.0f}" for key in ("ms_median", "ms_min", "cpu_ms_median")]
+        work = [
+            str(row["runs"]),
+            f"{row['gflop']:.0f}",
+            f"{row['fraction_of_peak']:.0%}",
+            str(row["peak_mb"]),
+        ]
+        cells = [row["variant"], row["stage"], row["engine"], *times, *work]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [f"{variant}: not run, {why}" for variant, why in data["left_out"].items()]
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["work"]:
-        work(*arguments[1:])
+        engine, stage, variant, folder = arguments[1:]
+        job = JOBS[engine, stage]
+        serve(lambda turns: job(variant, Path(folder), turns), engine == "torch", stage not in UNCOUNTED)
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from benchmarks import float_model
-from benchmarks.float_model import GEMM, Row, Worker
+from benchmarks.float_model import GEMM, worker
+from benchmarks.turns import Row
 from qdbev_ros.core.errors import DataError
 from tests.model_samples import small_variant
 
@@ -58,9 +59,9 @@ def test_a_turn_of_training_is_a_step_of_the_real_loop(
 
 def test_a_process_measures_time_operations_and_memory(tmp_path: Path) -> None:
     row = Row("any", "torch", "gemm")
-    with Worker(row, tmp_path) as worker:
-        worker.turn()
-        worker.turn()
+    with worker(row, tmp_path) as process:
+        process.turn()
+        process.turn()
     assert len(row.seconds) == 2
     assert row.flops == 2 * GEMM**3
     assert row.peak_mb > 3 * 4 * GEMM**2 / 2**20
@@ -72,7 +73,7 @@ def test_a_process_measures_time_operations_and_memory(tmp_path: Path) -> None:
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     with (
         pytest.raises(DataError, match=r"sample onnxruntime forward ended: .*model\.onnx"),
-        Worker(Row("sample", "onnxruntime", "forward"), tmp_path),
+        worker(Row("sample", "onnxruntime", "forward"), tmp_path),
     ):
         pass
 
