@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -48,17 +50,22 @@ def decode_picture(data: bytes | memoryview, width: int, height: int, image: Ima
     return picture  # type: ignore[return-value]
 
 
-def resize_picture(picture: Picture, image: ImageSpec) -> Picture:
-    """(image.height, image.width, 3) BGR. Bilinear as BEVFormer does it; area averaging where decoding is reduced."""
+def resize_picture(picture: Picture, image: ImageSpec) -> NDArray[Any]:
+    """(image.height, image.width, 3) BGR: bilinear in float32, or uint8 area averages where decoding is reduced.
+
+    BEVFormer resizes what it has normalised already. A bilinear mean of normalised values is the normalised mean, as
+    long as the mean isn't rounded to whole grey levels; hence float32.
+    """
     size = (image.width, image.height)
     if picture.shape[1::-1] == size:
         return picture
-    method = cv2.INTER_AREA if image.decode == "reduced" else cv2.INTER_LINEAR
-    return cv2.resize(picture, size, interpolation=method)  # type: ignore[return-value]
+    if image.decode == "reduced":
+        return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(picture.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
 
 
 def normalise_picture(
-    picture: Picture, image: ImageSpec, out: NDArray[np.float32] | None = None
+    picture: NDArray[Any], image: ImageSpec, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
     """(3, padded height, padded width) float32 from a picture of the input's size: (value - mean) / std, zero padding.
 

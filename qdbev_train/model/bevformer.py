@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdbev_ros.core.ego_motion import bev_shift, rotation_sources
-from qdbev_ros.core.errors import ConfigError, DataError
+from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.projection import VisibleCells, visible_cells
 from qdbev_ros.core.variant import CAMERAS, Variant, load_variant
 from qdbev_train.model.decoder import ExtraQueries
@@ -79,10 +79,6 @@ class BEVFormer(nn.Module):
     def __init__(self, variant: Variant) -> None:
         super().__init__()
         self.variant = variant
-        if variant.backbone.kind not in ("resnet", "mobilenet_v2"):
-            raise ConfigError(
-                f"variant {variant.name}: backbone.kind {variant.backbone.kind!r}; use resnet or mobilenet_v2"
-            )
         build = ResNet if variant.backbone.kind == "resnet" else MobileNetV2
         self.img_backbone = build(variant.backbone)
         channels = variant.transformer.channels
@@ -115,7 +111,7 @@ class BEVFormer(nn.Module):
             tables.cells.to(device),
             tables.slots.to(device),
             tables.weights.to(device),
-            can_bus,
+            can_bus.to(images.dtype),
             prev_bev,
             shift,
             use_prev,
@@ -165,7 +161,7 @@ class BEVFormer(nn.Module):
             tables.cells.to(device),
             tables.slots.to(device),
             tables.weights.to(device),
-            can_bus,
+            can_bus.to(images.dtype),
             turned,
             shift,
             use_prev,

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from qdbev_ros.core.ego_motion import CAN_BUS_SIZE
-from qdbev_ros.core.variant import CAMERAS, Variant
+from qdbev_ros.core.variant import CAMERAS, MAX_LEVELS, Variant
 from qdbev_train.model.attention import History, Views
 from qdbev_train.model.decoder import Decoder, ExtraQueries
 from qdbev_train.model.encoder import Encoder, cell_centres
 from qdbev_train.model.layers import full_precision
 
-LEVEL_ROWS = 4  # level_embeds has four rows whatever the number of levels
 CODE_SIZE = 10
 PRIOR = 0.01  # score that every query starts with
 
@@ -46,7 +45,7 @@ class Transformer(nn.Module):
     def __init__(self, variant: Variant) -> None:
         super().__init__()
         spec, c = variant.transformer, variant.transformer.channels
-        self.level_embeds = nn.Parameter(torch.randn(LEVEL_ROWS, c))
+        self.level_embeds = nn.Parameter(torch.randn(MAX_LEVELS, c))
         self.cams_embeds = nn.Parameter(torch.randn(len(CAMERAS), c))
         self.encoder = Encoder(spec, variant.backbone.neck_levels)
         self.decoder = Decoder(spec)

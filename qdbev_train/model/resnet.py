@@ -6,7 +6,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.core.variant import BackboneSpec
 from qdbev_train.model.dcn import ModulatedDeformConv2d
 from qdbev_train.model.layers import conv_bn, frozen_batchnorm
@@ -53,10 +52,6 @@ class ResNet(nn.Module):
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
-        if spec.depth not in BLOCKS or spec.style not in ("pytorch", "caffe"):
-            raise ConfigError(
-                f"backbone: resnet depth {spec.depth} style {spec.style!r}; use depth 50 or 101, style pytorch or caffe"
-            )
         self.out_stages = spec.out_stages
         self.out_channels = [64 * 2 ** (stage - 1) * EXPANSION for stage in spec.out_stages]
         self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)

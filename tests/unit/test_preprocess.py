@@ -72,6 +72,14 @@ def test_tiny_gets_rgb_with_imagenet_statistics_and_zero_padding() -> None:
     assert not out[:, 450:].any()
 
 
+def test_resizing_before_normalising_gives_what_bevformer_gets_the_other_way_round(real_frames: Any) -> None:
+    picture = decode_picture(real_frames[0].cameras[0].read(), 1600, 900, SMALL)
+    normalised = picture.astype(np.float32) - np.array(SMALL.mean, np.float32)
+    theirs = cv2.resize(normalised, (1280, 720), interpolation=cv2.INTER_LINEAR)
+    ours = normalise_picture(resize_picture(picture, SMALL), SMALL)[:, :720]
+    np.testing.assert_allclose(ours, theirs.transpose(2, 0, 1), atol=1e-4)
+
+
 def test_small_gets_bgr_with_the_mean_taken_off_only() -> None:
     picture = np.zeros((720, 1280, 3), np.uint8)
     picture[:, :, 0] = 200  # blue
