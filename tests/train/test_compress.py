@@ -20,12 +20,15 @@ from qdbev_train.cli import main
 from qdbev_train.quantization import PARTS
 from qdbev_train.quantization.layers import QuantisedLayer
 from qdbev_train.training import compress as compress_module
+from qdbev_train.training.auxiliary import TrainingHelps
 from qdbev_train.training.compress import compress
 from qdbev_train.training.compression import CompressConfig, read_compression
 from qdbev_train.training.config import Span
 from qdbev_train.training.loop import TrainingData
+from qdbev_train.training.objective import Objective
 from qdbev_train.training.plot_command import read_scalar
 from qdbev_train.training.stages import StageLengths
+from qdbev_train.training.state import STEP_FACTOR, TrainingState
 from tests.quantisation_samples import small_model, small_variant
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +186,18 @@ def test_learned_steps_move_and_helps_are_handed_on(whole: Path) -> None:
     key = "helps.denoising_content.0.weight"
     moved: Tensor = states[1][key] - states[0][key]
     assert 0 < float(moved.abs().max()) < 0.01
+
+
+def test_learned_steps_train_slowly_and_without_weight_decay(whole: Path, teacher: Path) -> None:
+    config = settings(teacher, whole, "vgd").training
+    assert config is not None
+    model, variant, _ = load_model(whole / "model.safetensors")
+    state = TrainingState(Objective(model, TrainingHelps(variant, 0, 0, False), config, None), config)
+    group = next(g for g in state.optimizer.param_groups if g["weight_decay"] == 0.0)
+    learned = {id(p) for n, p in model.named_parameters() if n.endswith("scale")}
+    assert {id(p) for p in group["params"]} == learned
+    state.set_learning_rate(1.0)
+    assert group["lr"] == STEP_FACTOR
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

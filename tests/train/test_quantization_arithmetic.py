@@ -28,6 +28,7 @@ from qdbev_train.quantization import (
     freeze_ranges,
     post_training_quantise,
     quantise_model,
+    settle_scales,
 )
 from qdbev_train.quantization.calibrate import in_float, run_batch
 from qdbev_train.quantization.convolutions import quantise_convolutions
@@ -274,6 +275,25 @@ def test_a_student_with_learned_steps_exports_like_any_other() -> None:
     )
     assert ours["parameters"] == theirs["parameters"]
     assert ours["float_parameters"] == theirs["float_parameters"]
+
+
+def test_learned_steps_stay_above_zero_and_coarse_enough_for_their_bias() -> None:
+    """An optimiser moves a tiny step of a dead channel below zero at once; its bias must still fit its integers."""
+    linear = calibrated_linear()
+    linear.learn_scale()
+    linear.activation.learn_scale()
+    with torch.no_grad():
+        linear.weight_scale[1:3] = torch.tensor([-1e-3, 1e-12])
+        linear.bias[2] = 5.0
+        kept = linear.weight_scale[0].clone()
+    settle_scales(linear)
+    assert (linear.weight_scale > 0).all()
+    assert linear.weight_scale[0] == kept
+    assert float(linear.parameters_on_grid()[1][2]) == pytest.approx(5.0, abs=1e-4)
+    with torch.no_grad():
+        linear.activation.scale.fill_(-0.1)
+    settle_scales(linear)
+    assert linear.activation.scale > 0
 
 
 def test_running_ranges_that_are_not_min_max_are_refused() -> None:
