@@ -42,7 +42,7 @@ EXCEPTIONS = (
         "*.can_bus_mlp.*", FLOAT, FLOAT, "can_bus mixes metres, unit quaternions and degrees in one vector"
     ),
     Override("*.reference_points", FLOAT, FLOAT, "works on constants: engines compute it once, at load"),
-    Override("*.conv_offset", 8, 8, "says where a deformable convolution looks: a pixel's fraction matters"),
+    Override("*.conv_offset", 7, 8, "says where a deformable convolution looks: a pixel's fraction matters"),
 )
 # What stays out even where every layer is asked for.
 STRICT = tuple(o for o in EXCEPTIONS if o.pattern == "*.reference_points")

@@ -382,7 +382,7 @@ def deformable_backbone() -> ResNet:
     return backbone
 
 
-def test_deformable_convolutions_are_quantised_and_their_offsets_at_eight_bits() -> None:
+def test_deformable_convolutions_are_quantised_with_finer_offsets() -> None:
     backbone = deformable_backbone()
     pictures = torch.randn(1, 3, 24, 40, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -392,7 +392,7 @@ def test_deformable_convolutions_are_quantised_and_their_offsets_at_eight_bits()
     assert len(deformable) == 3
     for layer in deformable:
         assert (layer.bits, layer.input_quantiser.bits) == (4, 6)
-        assert (layer.conv_offset.bits, layer.conv_offset.input_quantiser.bits) == (8, 8)
+        assert (layer.conv_offset.bits, layer.conv_offset.input_quantiser.bits) == (7, 8)
     quantisers = [m for m in student.modules() if isinstance(m, ActivationQuantiser)]
     with torch.no_grad(), in_float(student.modules()):
         torch.testing.assert_close(student(pictures)[0], wanted, rtol=1e-4, atol=1e-4)
