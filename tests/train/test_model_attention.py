@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from qdbev_ros.core.projection import MIN_DEPTH, pillar_points
-from qdbev_train.model.attention import BevCrossAttention, History, SpatialCrossAttention, Views
+from qdbev_train.model.attention import (
+    BevCrossAttention,
+    History,
+    SpatialCrossAttention,
+    Views,
+    deformable_attention,
+)
 from qdbev_train.model.encoder import cell_centres
 from tests.model_samples import rig, sample_fraction, small_model, small_variant, unsettle
 
@@ -170,3 +176,13 @@ def test_fresh_offsets_look_in_compass_directions_one_to_p_pixels_away() -> None
     torch.testing.assert_close(star[2, 3], torch.tensor([0.0, 4.0]), atol=1e-5, rtol=0)
     assert not module.sampling_offsets.weight.any()
     assert not module.attention_weights.weight.any()
+
+
+def test_samples_are_taken_in_float32_even_of_half_precision_maps() -> None:
+    torch.manual_seed(0)
+    value, locations = torch.randn(1, 40 * 50, 2, 4), torch.rand(1, 9, 2, 1, 3, 2)
+    weights = torch.rand(1, 9, 2, 1, 3)
+    half = deformable_attention(value.half(), [(40, 50)], locations, weights)
+    assert half.dtype == torch.float32
+    exact = deformable_attention(value.half().float(), [(40, 50)], locations, weights)
+    torch.testing.assert_close(half, exact)

@@ -102,6 +102,16 @@ def test_history_is_turned_from_the_old_map_which_stays_as_it_was(model: BEVForm
 
 
 @torch.no_grad()
+def test_a_call_leaves_its_inputs_as_they_were_and_takes_float64_geometry(model: BEVFormer) -> None:
+    """The reference writes to can_bus and turns prev_bev in place."""
+    inputs = images(1), rig(model.variant)[None].double(), can_bus(8.0, 3.0)[None].double(), history(1)
+    kept = [tensor.clone() for tensor in inputs]
+    out = model(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, kept))
+    assert_same(out, model(*(tensor.float() for tensor in inputs)))
+
+
+@torch.no_grad()
 def test_every_layer_sees_the_initial_queries_beside_the_old_map(model: BEVFormer) -> None:
     seen = []
     hooks = [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import zlib
 from itertools import pairwise
 from typing import Any
 
@@ -131,3 +132,19 @@ def test_the_released_weights_centre_lies_outside_tinys_map() -> None:
     assert np.linalg.norm(moved) == pytest.approx(1.85, abs=0.6)
     true_centre = rotate_bev(places, rotation_sources(1.0, TINY.bev, None))[25 * 50 + 25]
     np.testing.assert_array_equal(true_centre, [25, 25])
+
+
+@pytest.mark.parametrize(
+    ("size", "degrees", "checksum"),
+    [
+        ((50, 50), 1.0, 2608581567),
+        ((150, 150), 45.0, 3962298493),
+        ((200, 200), -34.77836668709669, 4194708928),
+    ],
+)
+def test_every_cell_comes_from_where_torchvisions_rotate_takes_it_ties_included(
+    size: tuple[int, int], degrees: float, checksum: int
+) -> None:
+    """Checksums of what torchvision 0.28 does about (100, 100); other orders of float32 sums miss some cells."""
+    sources = rotation_sources(degrees, BevSpec(*size, TINY.bev.pc_range, 4), (100.0, 100.0))
+    assert zlib.crc32(sources.astype("<i4").tobytes()) == checksum
