@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLE = """example:
-  qdbev plot out/train/tiny_one_scene --out out/tiny_loss.png
+  qdbev plot out/train/tiny_one_scene --mean 41 --out out/tiny_loss.png
   qdbev plot out/train/nano_town out/train/nano_town_2 --scalar loss/box --out out/compared.png"""
-WINDOW = 0.05  # of a curve's length, over which the thick line averages
+WINDOW = 0.05  # of a curve's length, over which the bold line averages
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,10 +30,20 @@ def add_parser(subparsers: Any) -> None:
         default="loss/total",
         help="what to draw, e.g. loss/class or score/NDS (default: loss/total)",
     )
+    parser.add_argument(
+        "--mean",
+        type=int,
+        metavar="N",
+        help="steps that the bold line averages (default: a twentieth of the run)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
+    from qdbev_ros.core.errors import ConfigError
+
+    if args.mean is not None and args.mean < 1:
+        raise ConfigError(f"--mean {args.mean}: give a number of steps")
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -47,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     for number, (folder, (steps, values)) in enumerate(curves.items()):
         colour = f"C{number}"
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-        window = max(1, round(len(values) * WINDOW))
+        window = min(len(values), args.mean or max(1, round(len(values) * WINDOW)))
         mean = np.convolve(values, np.full(window, 1 / window), "valid")
         middle = (window - 1) // 2
         axes.plot(steps[middle : middle + len(mean)], mean, color=colour, linewidth=2, label=folder.name)

@@ -27,7 +27,7 @@ from qdbev_train.training.command import training_data
 from qdbev_train.training.config import DataConfig, EvaluationConfig, Span, TrainConfig, read_config
 from qdbev_train.training.initial import load_backbone, starting_model
 from qdbev_train.training.loop import TrainingData, train
-from qdbev_train.training.losses import Targets
+from qdbev_train.training.losses import Targets, detection_loss
 from qdbev_train.training.plot_command import read_scalar
 from qdbev_train.training.schedule import learning_rate_at, make_plan
 
@@ -40,7 +40,16 @@ def micro_variant() -> Variant:
         nano,
         image=replace(nano.image, height=32, width=64),
         bev=replace(nano.bev, height=8, width=8),
-        transformer=replace(nano.transformer, channels=24, heads=2, ffn_channels=24, queries=12),
+        backbone=replace(nano.backbone, out_stages=(2,), neck_levels=1),
+        transformer=replace(
+            nano.transformer,
+            channels=24,
+            heads=2,
+            ffn_channels=24,
+            queries=12,
+            encoder_layers=1,
+            decoder_layers=2,
+        ),
     )
 
 
@@ -127,18 +136,19 @@ def test_what_is_remembered_matters_to_the_curve(tmp_path: Path) -> None:
 
 def test_the_loss_of_a_repeated_batch_falls(tmp_path: Path) -> None:
     variant = micro_variant()
-    config = micro_config(tmp_path, length=Span(25, "steps"), learning_rate=2e-3, save_every=25)
+    weights = {"angle_weight": 1.0, "velocity_weight": 0.2}
+    config = micro_config(tmp_path, length=Span(25, "steps"), learning_rate=2e-3, save_every=25, **weights)
     batch = random_batch(0, variant)
     torch.manual_seed(0)
     model = build_model(variant)
 
     def loss() -> float:
-        from qdbev_train.training.losses import detection_loss
-
+        weights = model.pts_bbox_head.code_weights
         with torch.no_grad():
             out = model(batch.images, batch.lidar2img, batch.can_bus)
         targets = [Targets(k, c) for k, c in zip(batch.labels, batch.codes, strict=True)]
-        return float(sum(detection_loss(out.class_logits, out.boxes, targets, torch.tensor(6.0)).values()))
+        losses = detection_loss(out.class_logits, out.boxes, targets, torch.tensor(6.0), weights)
+        return float(sum(losses.values()))
 
     before = loss()
     train(model, variant, config, data_of(lambda _: [batch] * 25))
@@ -280,6 +290,7 @@ def test_the_shipped_recipe_is_bevformers(variant: str, monkeypatch: pytest.Monk
     assert (config.length, config.warmup_steps, config.batch) == (Span(24, "epochs"), 500, 1)
     assert (config.history, config.photometric, config.grid_mask) == ("queue", True, 0.7)
     assert (config.query_groups, config.denoising_groups, config.dense_heads) == (0, 0, False)
+    assert (config.angle_weight, config.velocity_weight) == (1.0, 0.2)
     assert load_variant(variant).transformer.dropout == 0.1
 
 
