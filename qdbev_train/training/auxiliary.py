@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from qdbev_ros.core.variant import Variant
 from qdbev_train.model import ExtraQueries
-from qdbev_train.training.losses import CODE_WEIGHTS, Targets, assigned_loss, detection_loss
+from qdbev_train.training.dense_heads import DenseHeads
+from qdbev_train.training.losses import Targets, assigned_loss, detection_loss
 
-HEAT_WEIGHT, DENSE_BOX_WEIGHT = 1.0, 0.25
 CENTER_NOISE = 0.5  # metres per metre of box size
-NO_DEPTH = 0.5  # metres; centres nearer to the camera than this are left out
 
 
 @dataclass(frozen=True)
@@ -30,24 +29,6 @@ class DenoisingLayout:
 
     groups: int
     padded: int
-
-
-def gaussian_focal_loss(logits: Tensor, heat: Tensor) -> Tensor:
-    """CenterNet's penalty-reduced focal loss, summed; heat holds 1 at centres and less around them."""
-    p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
-    positive = heat.eq(1).float()
-    loss = positive * (1 - p) ** 2 * p.log() + (1 - positive) * (1 - heat) ** 4 * p**2 * (1 - p).log()
-    return -loss.sum()
-
-
-def draw_gaussians(shape: tuple[int, ...], labels: Tensor, centers: Tensor, sigma: float) -> Tensor:
-    """Heat map (classes, H, W) with a peak of 1 in the cell of each centre (x, y in cells)."""
-    heat = torch.zeros(shape)
-    ys, xs = torch.arange(shape[1]), torch.arange(shape[2])
-    for label, (x, y) in zip(labels.tolist(), centers.floor().tolist(), strict=True):
-        bump = torch.exp(-((ys - y) ** 2)[:, None] / (2 * sigma**2) - ((xs - x) ** 2)[None] / (2 * sigma**2))
-        heat[label] = torch.maximum(heat[label], bump)
-    return heat
 
 
 class TrainingHelps(nn.Module):
@@ -67,8 +48,7 @@ class TrainingHelps(nn.Module):
         self.group_reference = nn.Parameter(torch.rand(max(1, query_groups * q), 3))
         self.denoising_content = nn.Sequential(nn.Linear(10 + classes, c), nn.ReLU(), nn.Linear(c, c))
         self.denoising_position = nn.Sequential(nn.Linear(3, c), nn.ReLU(), nn.Linear(c, c))
-        self.bev_head = _dense_head(c, classes, 10)
-        self.image_head = _dense_head(c, classes, 1)
+        self.dense = DenseHeads(variant)
 
     # --- extra queries ---------------------------------------------------------------------------------------------
     def extra_queries(self, targets: Sequence[Targets]) -> tuple[ExtraQueries, DenoisingLayout]:
@@ -139,6 +119,7 @@ class TrainingHelps(nn.Module):
         targets: Sequence[Targets],
         layout: DenoisingLayout,
         positives: Tensor,
+        code_weights: Tensor,
     ) -> dict[str, Tensor]:
         """Every help's loss. class_logits and codes (L, B, Q + G, 10) of all queries, bev (B, cells, C),
         image_features (B, N, C, H, W) of the finest level, lidar2img (B, N, 4, 4) at the input's scale."""
@@ -147,7 +128,8 @@ class TrainingHelps(nn.Module):
         if self.query_groups:
             spans = [slice(g * q, (g + 1) * q) for g in range(1, self.query_groups + 1)]
             groups = [
-                detection_loss(class_logits[:, :, s], codes[:, :, s], targets, positives) for s in spans
+                detection_loss(class_logits[:, :, s], codes[:, :, s], targets, positives, code_weights)
+                for s in spans
             ]
             result["group"] = (
                 sum((g["class"] + g["box"] for g in groups), codes.new_zeros(())) / self.query_groups
@@ -155,11 +137,12 @@ class TrainingHelps(nn.Module):
         if layout.groups and layout.padded:
             start = (1 + self.query_groups) * q
             result["denoising"] = self._denoising_loss(
-                class_logits[:, :, start:], codes[:, :, start:], targets, layout, positives
+                class_logits[:, :, start:], codes[:, :, start:], targets, layout, positives, code_weights
             )
         if self.dense_heads:
-            result["bev_dense"] = self._bev_loss(bev, targets, positives)
-            result["image_dense"] = self._image_loss(image_features, lidar2img, targets, positives)
+            size = (self.variant.image.padded_height, self.variant.image.padded_width)
+            result |= self.dense.bev_losses(bev, targets, positives, code_weights)
+            result |= self.dense.image_losses(image_features, lidar2img, targets, positives, size)
         return result
 
     def _denoising_loss(
@@ -169,6 +152,7 @@ class TrainingHelps(nn.Module):
         targets: Sequence[Targets],
         layout: DenoisingLayout,
         positives: Tensor,
+        code_weights: Tensor,
     ) -> Tensor:
         repeated = [
             Targets(t.labels.repeat(layout.groups), t.codes.repeat(layout.groups, 1)) for t in targets
@@ -186,61 +170,7 @@ class TrainingHelps(nn.Module):
             # Padding queries say "nothing" with certainty, so they cost nothing.
             masked = layer_logits * real + (real - 1) * 20.0
             class_loss, box_loss = assigned_loss(
-                masked, layer_codes, repeated, pairs, positives * layout.groups
+                masked, layer_codes, repeated, pairs, positives * layout.groups, code_weights
             )
             total = total + class_loss + box_loss
         return total
-
-    def _bev_loss(self, bev: Tensor, targets: Sequence[Targets], positives: Tensor) -> Tensor:
-        spec, classes = self.variant.bev, len(self.variant.classes)
-        maps = self.bev_head(bev.transpose(1, 2).reshape(len(targets), -1, spec.height, spec.width))
-        total = maps.new_zeros(())
-        for b, target in enumerate(targets):
-            low, high = self._range(target.codes)
-            cell = (high - low)[:2] / target.codes.new_tensor([spec.width, spec.height])
-            centers = (target.codes[:, :2] - low[:2]) / cell
-            heat = draw_gaussians((classes, spec.height, spec.width), target.labels.cpu(), centers.cpu(), 0.8)
-            total = total + HEAT_WEIGHT * gaussian_focal_loss(maps[b, :classes], heat.to(maps.device))
-            column = centers[:, 0].long().clamp(0, spec.width - 1)
-            row = centers[:, 1].long().clamp(0, spec.height - 1)
-            wanted = target.codes.clone()
-            wanted[:, :2] -= (torch.stack([column, row], -1) + 0.5) * cell + low[:2]
-            difference = (maps[b, classes:, row, column].T - wanted).abs() * wanted.new_tensor(CODE_WEIGHTS)
-            total = total + DENSE_BOX_WEIGHT * difference.sum()
-        return total / positives
-
-    def _image_loss(
-        self, features: Tensor, lidar2img: Tensor, targets: Sequence[Targets], positives: Tensor
-    ) -> Tensor:
-        batch, cameras, _, height, width = features.shape
-        classes, image = len(self.variant.classes), self.variant.image
-        maps = self.image_head(features.flatten(0, 1)).unflatten(0, (batch, cameras))
-        scale = features.new_tensor([width / image.padded_width, height / image.padded_height])
-        heats, total = [], maps.new_zeros(())
-        for b, target in enumerate(targets):
-            points = F.pad(target.codes[:, [0, 1, 4]], (0, 1), value=1.0)
-            projected = torch.einsum("nij,tj->nti", lidar2img[b], points)
-            depth = projected[..., 2]
-            centers = projected[..., :2] / depth.clamp(min=NO_DEPTH)[..., None] * scale
-            size = centers.new_tensor([width, height])
-            inside = (depth > NO_DEPTH) & (centers >= 0).all(-1) & (centers < size).all(-1)
-            for n in range(cameras):
-                keep = inside[n]
-                here = centers[n][keep]
-                heats.append(
-                    draw_gaussians((classes, height, width), target.labels[keep].cpu(), here.cpu(), 0.7)
-                )
-                column, row = here.long().unbind(-1)
-                predicted = maps[b, n, classes, row, column]
-                total = total + DENSE_BOX_WEIGHT * (predicted - depth[n][keep].log()).abs().sum()
-        heat = torch.stack(heats).to(maps.device).unflatten(0, (batch, cameras))
-        return (total + HEAT_WEIGHT * gaussian_focal_loss(maps[:, :, :classes], heat)) / positives
-
-
-def _dense_head(channels: int, classes: int, regressed: int) -> nn.Sequential:
-    last = nn.Conv2d(channels, classes + regressed, 1)
-    # Heat maps start near zero everywhere: a uniform 0.5 would drown the first steps.
-    bias = torch.zeros(classes + regressed)
-    bias[:classes] = -2.19
-    last.bias = nn.Parameter(bias)
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), last)

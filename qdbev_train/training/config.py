@@ -60,8 +60,9 @@ class TrainConfig:
     precision: "float32", or "bf16" (positions, sampling and losses stay float32) · history: "stream" (consecutive
     frames, the last step's map is the past) or "queue" (BEVFormer's recipe: each sample brings the variant's
     `queue_length` frames) · length: with epochs the learning rate falls from epoch to epoch, with steps from step to
-    step · save_every: steps · query_groups, denoising_groups, dense_heads: see auxiliary.py · mirror, turn, light,
-    photometric, grid_mask: see data/augment.py
+    step · save_every: steps · query_groups, denoising_groups, dense_heads: see auxiliary.py · angle_weight,
+    velocity_weight: of sine and cosine and of the velocity in the box loss, where position and size have 1 (BEVFormer:
+    1.0, 0.2) · mirror, turn, light, photometric, grid_mask: see data/augment.py
     """
 
     variant: str
@@ -81,6 +82,8 @@ class TrainConfig:
     query_groups: int
     denoising_groups: int
     dense_heads: bool
+    angle_weight: float
+    velocity_weight: float
     mirror: float
     turn: bool
     light: float

@@ -16,8 +16,6 @@ from torch import Tensor
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 CLASS_WEIGHT, BOX_WEIGHT = 2.0, 0.25
-# Position, size and angle count fully, velocity a fifth.
-CODE_WEIGHTS = (1.0,) * 8 + (0.2,) * 2
 MATCHED_CODES = 8  # velocity takes no part in the matching
 
 
@@ -68,10 +66,12 @@ def assigned_loss(
     targets: Sequence[Targets],
     assignments: Sequence[Assignment],
     positives: Tensor,
+    code_weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Focal and L1 loss of one layer for given assignments; logits (B, Q, classes), codes (B, Q, 10).
 
-    `positives` is the number of assigned boxes in the whole batch (over all devices), at least 1.
+    `positives` is the number of assigned boxes in the whole batch (over all devices), at least 1; `code_weights` (10,)
+    weigh the numbers of a box against each other.
     """
     one_hot = torch.zeros_like(logits)
     predicted, wanted = [], []
@@ -80,19 +80,25 @@ def assigned_loss(
         predicted.append(codes[b, queries])
         wanted.append(target.codes[boxes])
     class_loss = focal_loss(logits, one_hot).sum() / positives
-    difference = (torch.cat(predicted) - torch.cat(wanted)).abs() * codes.new_tensor(CODE_WEIGHTS)
+    difference = (torch.cat(predicted) - torch.cat(wanted)).abs() * code_weights
     # Rows that are not finite are left out, as in the reference.
     difference = torch.where(torch.isfinite(difference), difference, torch.zeros_like(difference))
     return CLASS_WEIGHT * class_loss, BOX_WEIGHT * difference.sum() / positives
 
 
 def detection_loss(
-    class_logits: Tensor, codes: Tensor, targets: Sequence[Targets], positives: Tensor
+    class_logits: Tensor,
+    codes: Tensor,
+    targets: Sequence[Targets],
+    positives: Tensor,
+    code_weights: Tensor,
 ) -> dict[str, Tensor]:
     """Sum over the decoder layers, each matched on its own: class_logits (L, B, Q, classes), codes (L, B, Q, 10)."""
     class_total, box_total = class_logits.new_zeros(()), class_logits.new_zeros(())
     for layer_logits, layer_codes in zip(class_logits, codes, strict=True):
         pairs = [match(layer_logits[b], layer_codes[b], target) for b, target in enumerate(targets)]
-        class_loss, box_loss = assigned_loss(layer_logits, layer_codes, targets, pairs, positives)
+        class_loss, box_loss = assigned_loss(
+            layer_logits, layer_codes, targets, pairs, positives, code_weights
+        )
         class_total, box_total = class_total + class_loss, box_total + box_loss
     return {"class": class_total, "box": box_total}

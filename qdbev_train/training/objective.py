@@ -45,11 +45,14 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.helps, self.extra_loss = model, helps, extra_loss
         self.bf16 = config.precision == "bf16"
+        # Part of the model, as in released checkpoints.
+        with torch.no_grad():
+            model.pts_bbox_head.code_weights[6:8] = config.angle_weight
+            model.pts_bbox_head.code_weights[8:] = config.velocity_weight
         off = {
             "group_": not config.query_groups,
             "denoising_": not config.denoising_groups,
-            "bev_head": not config.dense_heads,
-            "image_head": not config.dense_heads,
+            "dense.": not config.dense_heads,
         }
         for name, parameter in helps.named_parameters():
             if any(unused and name.startswith(prefix) for prefix, unused in off.items()):
@@ -83,10 +86,11 @@ class Objective(nn.Module):
                 extra_queries=extra if extra.content.shape[1] else None,
             )
         q = self.helps.variant.transformer.queries
-        losses = detection_loss(out.class_logits[:, :, :q], out.boxes[:, :, :q], targets, positives)
+        weights = self.model.pts_bbox_head.code_weights
+        losses = detection_loss(out.class_logits[:, :, :q], out.boxes[:, :, :q], targets, positives, weights)
         features = out.image_features[0].float()
         losses |= self.helps.losses(
-            out.class_logits, out.boxes, out.bev, features, lidar2img, targets, layout, positives
+            out.class_logits, out.boxes, out.bev, features, lidar2img, targets, layout, positives, weights
         )
         numbers: dict[str, Tensor] = {}
         if self.extra_loss is not None:

@@ -8,8 +8,11 @@ import itertools
 import pytest
 import torch
 
-from qdbev_train.training.auxiliary import draw_gaussians, gaussian_focal_loss
+from qdbev_train.training.dense_heads import draw_gaussians, gaussian_focal_loss
 from qdbev_train.training.losses import Targets, detection_loss, focal_loss, match
+
+# Position, size and angle count fully, velocity a fifth.
+BEVFORMER_WEIGHTS = torch.tensor([1.0] * 8 + [0.2] * 2)
 
 
 def make_targets(boxes: int, seed: int = 0) -> Targets:
@@ -58,7 +61,9 @@ def test_a_perfect_prediction_has_no_box_loss_and_almost_no_class_loss() -> None
     targets = make_targets(3)
     logits = torch.full((1, 1, 3, 10), -12.0)
     logits[0, 0, torch.arange(3), targets.labels] = 12.0
-    losses = detection_loss(logits, targets.codes[None, None], [targets], torch.tensor(3.0))
+    losses = detection_loss(
+        logits, targets.codes[None, None], [targets], torch.tensor(3.0), BEVFORMER_WEIGHTS
+    )
     assert float(losses["box"]) == 0.0
     assert float(losses["class"]) < 1e-6
 
@@ -70,8 +75,8 @@ def test_velocity_weighs_a_fifth() -> None:
     moved[:, 0] += 1.0
     faster[:, 8] += 1.0
     one = torch.tensor(1.0)
-    position = float(detection_loss(logits, moved[None, None], [targets], one)["box"])
-    velocity = float(detection_loss(logits, faster[None, None], [targets], one)["box"])
+    position = float(detection_loss(logits, moved[None, None], [targets], one, BEVFORMER_WEIGHTS)["box"])
+    velocity = float(detection_loss(logits, faster[None, None], [targets], one, BEVFORMER_WEIGHTS)["box"])
     assert position == pytest.approx(0.25)
     assert velocity == pytest.approx(0.05)
 
@@ -81,7 +86,11 @@ def test_every_layer_is_matched_on_its_own() -> None:
     swapped = targets.codes.flip(0)
     logits = torch.zeros(2, 1, 2, 10)
     losses = detection_loss(
-        logits, torch.stack([targets.codes, swapped])[:, None], [targets], torch.tensor(2.0)
+        logits,
+        torch.stack([targets.codes, swapped])[:, None],
+        [targets],
+        torch.tensor(2.0),
+        BEVFORMER_WEIGHTS,
     )
     assert float(losses["box"]) == 0.0
 
@@ -89,7 +98,7 @@ def test_every_layer_is_matched_on_its_own() -> None:
 def test_samples_without_boxes_teach_only_the_background() -> None:
     empty = Targets(torch.zeros(0, dtype=torch.long), torch.zeros(0, 10))
     logits = torch.zeros(1, 1, 4, 10, requires_grad=True)
-    losses = detection_loss(logits, torch.zeros(1, 1, 4, 10), [empty], torch.tensor(1.0))
+    losses = detection_loss(logits, torch.zeros(1, 1, 4, 10), [empty], torch.tensor(1.0), BEVFORMER_WEIGHTS)
     losses["class"].backward()
     assert float(losses["box"]) == 0.0
     assert logits.grad is not None
@@ -99,7 +108,7 @@ def test_samples_without_boxes_teach_only_the_background() -> None:
 def test_a_prediction_that_diverged_does_not_stop_the_run() -> None:
     targets = make_targets(2)
     codes = torch.full((1, 1, 3, 10), float("nan"))
-    losses = detection_loss(torch.zeros(1, 1, 3, 10), codes, [targets], torch.tensor(2.0))
+    losses = detection_loss(torch.zeros(1, 1, 3, 10), codes, [targets], torch.tensor(2.0), BEVFORMER_WEIGHTS)
     assert float(losses["box"]) == 0.0
 
 
