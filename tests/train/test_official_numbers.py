@@ -2,7 +2,8 @@
 """Numbers that BEVFormer's official implementation gives for weights and inputs made by a formula, and so do we.
 
 official_numbers.json holds, for two small networks on two consecutive frames, the root mean square of every stage and
-a few of its values. Whoever changes the model and fails here has left BEVFormer.
+a few of its values, and of the second frame the losses for made-up boxes and the best decoded boxes. Whoever changes
+the model and fails here has left BEVFormer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qdbev_ros.core.boxes import decode_boxes, encode_boxes
 from qdbev_ros.core.variant import BackboneSpec, BevSpec, TemporalSpec, Variant, load_variant
-from qdbev_train.model import Output, build_model, load_bevformer_checkpoint
+from qdbev_train.model import BEVFormer, Output, build_model, load_bevformer_checkpoint
+from qdbev_train.training.losses import Targets, detection_loss
 from tests.model_samples import rig
 
 NUMBERS = json.loads((Path(__file__).parent / "official_numbers.json").read_text())
@@ -146,6 +150,29 @@ def probe(stage: str, tensor: Tensor) -> tuple[float, NDArray[np.float64]]:
     return float(np.sqrt(np.mean(flat**2))), flat[where]
 
 
+def made_up_boxes(variant: Variant) -> tuple[NDArray[np.float64], ...]:
+    """Eleven boxes inside the map: centres, sizes, yaws, velocities and labels."""
+    generator = np.random.Generator(np.random.PCG64(4))
+    low, high = np.split(np.array(variant.bev.pc_range), 2)
+    centers = low + (high - low) * generator.uniform(0.05, 0.95, (11, 3))
+    sizes, yaws = generator.uniform(0.4, 9.0, (11, 3)), generator.uniform(-3.0, 3.0, 11)
+    return centers, sizes, yaws, generator.normal(0, 4, (11, 2)), generator.integers(0, 10, 11)
+
+
+def check_losses_and_decoding(model: BEVFormer, out: Output, expected: dict[str, Any]) -> None:
+    """Losses summed over the decoder layers, and the five best boxes: score, label, centre, w l h, velocity."""
+    *geometry, labels = made_up_boxes(model.variant)
+    targets = [Targets(torch.from_numpy(labels), torch.from_numpy(encode_boxes(*geometry)))]
+    losses = detection_loss(
+        out.class_logits, out.boxes, targets, torch.tensor(11.0), model.pts_bbox_head.code_weights
+    )
+    assert {k: float(v) for k, v in losses.items()} == pytest.approx(expected["losses"], rel=TOLERANCE)
+    boxes = decode_boxes(out.class_logits[-1, 0].numpy(), out.boxes[-1, 0].numpy())
+    columns = boxes.scores, boxes.labels, boxes.centers, boxes.sizes, boxes.velocities
+    best = np.column_stack([column[:5] for column in columns])
+    np.testing.assert_allclose(best, expected["best"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
 def test_two_frames_give_the_official_implementations_numbers(name: str) -> None:
@@ -157,11 +184,12 @@ def test_two_frames_give_the_official_implementations_numbers(name: str) -> None
     for index, moment in enumerate(frames):
         out = model(moment.images, moment.lidar2img, can_bus_of(frames, index), previous)
         previous = out.bev
-        assert stages(out).keys() == NUMBERS[name][index].keys()
+        assert stages(out).keys() == NUMBERS[name]["frames"][index].keys()
         for stage, tensor in stages(out).items():
-            expected = NUMBERS[name][index][stage]
+            expected = NUMBERS[name]["frames"][index][stage]
             size, values = probe(stage, tensor)
             assert list(tensor.shape) == expected["shape"]
             assert size == pytest.approx(expected["rms"], rel=TOLERANCE), (index, stage)
             worst = np.abs(values - np.array(expected["values"])).max() / expected["rms"]
             assert worst < TOLERANCE, f"frame {index}, {stage}: {worst:.1e} of the root mean square"
+    check_losses_and_decoding(model, out, NUMBERS[name])
