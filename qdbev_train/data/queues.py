@@ -16,6 +16,7 @@ from qdbev_train.data.augment import Augmentation
 from qdbev_train.data.dataset import NO_MAP, Batch, Ticket, assemble, frame_targets
 from qdbev_train.data.frames import Frame, mirrored, turned
 
+AHEAD = 2  # queues that are being decoded while one is learned from
 REDRAWS = 1000  # in vain, and there is nothing to learn from
 
 
@@ -59,7 +60,7 @@ class QueueDataset:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
         try:
             while True:
-                while len(pending) < self._workers:
+                while len(pending) < AHEAD:
                     steps = zip(*self._tickets(number), strict=True)
                     pending.append(
                         [pool.submit(assemble, list(s), self._variant, self._augmentation) for s in steps]

@@ -75,8 +75,11 @@ def training_data(config: TrainConfig, variant: Variant | None = None) -> Traini
     scenes = load_scenes(Path(config.data.root), config.data.version, config.data.split)
     variant = variant or load_variant(config.variant)
 
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = max(2, min(8, (os.cpu_count() or 2) // local))
+
     def open_at(step: int, rank: int, processes: int) -> Iterable[Sequence[Batch]]:
-        place = {"start_step": step, "rank": rank, "processes": processes}
+        place = {"start_step": step, "rank": rank, "processes": processes, "workers": workers}
         if config.history == "queue":
             return QueueDataset(
                 scenes, variant, config.batch, config.seed, augmentation=augmentation, **place

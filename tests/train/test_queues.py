@@ -103,7 +103,7 @@ def test_remembering_is_running_the_frames_one_after_another(scenes: Scenes) -> 
     model = build_model(variant).train()
     first, second = queues(scenes, 1, batch=1)[0]
     second = replace(second, is_first=torch.tensor([False]))
-    config = read_config(CONFIG, TrainConfig)
+    config = replace(read_config(CONFIG, TrainConfig), precision="float32")
     remembered = Objective(model, TrainingHelps(variant, 0, 0, False), config, None).remember([first, second])
     assert model.training
     assert not remembered.requires_grad

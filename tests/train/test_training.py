@@ -57,6 +57,7 @@ def micro_config(out: Path, **changes: object) -> TrainConfig:
     config = replace(
         read_config(CONFIG, TrainConfig),
         out=str(out),
+        precision="float32",
         length=Span(6, "steps"),
         batch=2,
         warmup_steps=2,
