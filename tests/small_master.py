@@ -131,7 +131,9 @@ def small_master() -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def write_small_package(path: object) -> str:
-    """Writes a package around the small master; returns its SHA-256."""
+def write_small_package(path: object, variant: Variant | None = None) -> str:
+    """Writes a package around the small master, of `small_variant` unless told; returns its SHA-256."""
     grid = {"parameters": 900, "layers": [], "exceptions": [], "float_parameters": []}
-    return write_package(str(path), small_variant(), small_master(), grid, {"steps": 3}, {"nds": 0.5})
+    return write_package(
+        str(path), variant or small_variant(), small_master(), grid, {"steps": 3}, {"nds": 0.5}
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,18 @@ def test_a_package_runs_with_and_without_history(package: Path) -> None:
     second = engine.infer(*frame(), first.bev)
     assert np.isfinite(second.bev).all()
     assert not np.array_equal(second.bev, first.bev)
+
+
+def test_the_rotation_centre_of_the_packages_variant_is_what_the_node_turns_about(tmp_path: Path) -> None:
+    previous = np.random.default_rng(5).normal(size=(CELLS, CHANNELS)).astype(np.float32)
+    maps = []
+    for name, center in (("own", None), ("same", (2.0, 2.0)), ("released", (100.0, 100.0))):
+        variant = small_variant()
+        variant = replace(variant, temporal=replace(variant.temporal, rotate_center=center))
+        write_small_package(tmp_path / f"{name}.qdbev", variant)
+        maps.append(load_package(tmp_path / f"{name}.qdbev", threads=1).infer(*frame(), previous).bev)
+    np.testing.assert_array_equal(maps[0], maps[1])  # (2, 2) is the middle of 4 x 4 cells
+    assert not np.array_equal(maps[0], maps[2])
 
 
 def test_the_engine_says_what_it_is(package: Path) -> None:
