@@ -250,7 +250,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--variants", nargs="+", default=["tiny", "small", "base"], metavar="NAME")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="runs of nano and tiny after a warm-up (default: 5)"
+        "--repeats", type=int, default=3, help="runs of nano and tiny after a warm-up (default: 3)"
     )
     parser.add_argument("--json", type=Path, default=ROOT / "out" / "bench.json", metavar="FILE")
     args = parser.parse_args(arguments)
