@@ -58,18 +58,18 @@ class TemporalMemory:
     ) -> MemoryInput:
         """Moves on to the frame at `stamp_ns` with ego2global `pose`.
 
-        scene names the recording where it is known (offline); can_dynamics (9,) are can_bus[7:16] from a CAN bus file,
-        used by variants whose `temporal.dynamics` is "can" (zeros where there is none).
+        scene names the recording where it is known (offline); can_dynamics (9,) are can_bus[7:16] from a CAN bus, used
+        by variants whose `temporal.dynamics` is "can". Without one the poses say what they can.
         """
         reason = self._reason_to_forget(stamp_ns, pose, scene)
         if reason is not None:
             self.reset(reason)
         previous = self._previous
         gap = 0.0 if previous is None else (stamp_ns - previous.stamp_ns) * 1e-9
-        if self._temporal.dynamics == "poses":
-            dynamics = dynamics_from_poses(previous, stamp_ns, pose)
+        if self._temporal.dynamics == "can" and can_dynamics is not None:
+            dynamics = can_dynamics
         else:
-            dynamics = np.zeros(9) if can_dynamics is None else can_dynamics
+            dynamics = dynamics_from_poses(previous, stamp_ns, pose)
         current = EgoState(stamp_ns, pose, dynamics)
         # A frame whose result never came back leaves no BEV; the deltas then belong to no map either.
         has_history = previous is not None and self._bev is not None

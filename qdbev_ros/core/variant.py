@@ -154,7 +154,7 @@ class TemporalSpec:
     `rotate_center` is the (x, y) pixel about which the previous BEV is rotated; None means the true centre of
     the map. Released BEVFormer weights were trained with (100, 100) for every map size, which is right for base
     only. `wrap_yaw_delta` wraps can_bus[17] to +-180 degrees; released weights were trained without.
-    `dynamics` fills can_bus[7:16]: "can" from a CAN bus file where there is one (else zeros), "poses" from the
+    `dynamics` fills can_bus[7:16]: "can" from a CAN bus where there is one, else as "poses": from the
     last two ego poses, the same on a vehicle as offline.
     """
 

@@ -86,8 +86,15 @@ def test_dynamics_come_from_poses_or_from_the_can_bus_as_the_variant_says() -> N
     assert from_poses[13] == pytest.approx(2.0)  # a metre in half a second
     from_can = TemporalMemory(TINY.temporal).step(0, at(0), "drive", np.full(9, 7.0)).can_bus
     np.testing.assert_array_equal(from_can[7:16], 7.0)
-    without_file = TemporalMemory(TINY.temporal).step(0, at(0), "drive").can_bus
-    np.testing.assert_array_equal(without_file[7:16], 0.0)
+
+
+def test_without_a_can_bus_the_dynamics_come_from_the_poses() -> None:
+    memory = TemporalMemory(TINY.temporal)
+    memory.step(0, at(0), "drive")
+    memory.store(MAP)
+    without_file = memory.step(SECOND // 2, at(1.0), "drive").can_bus
+    assert without_file[13] == pytest.approx(2.0)
+    assert without_file[9] == pytest.approx(9.81, abs=0.01)
 
 
 def test_a_real_drive_is_one_piece(real_frames: Any) -> None:
