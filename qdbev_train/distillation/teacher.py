@@ -42,7 +42,7 @@ class Teacher:
     def see(self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, has_prev: Tensor) -> Seen:
         """The teacher's maps of a frame; the arguments are those of the model. Its BEV map becomes the memory."""
         model = self.model.to(images.device)
-        tables = model.camera_tables(lidar2img)
+        tables = model.camera_tables(lidar2img, images.shape[-2:])
         turned, shift, use = model.align_history(
             can_bus, self.memory, None if self.memory is None else has_prev
         )

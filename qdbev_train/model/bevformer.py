@@ -9,7 +9,8 @@ Dimension letters, used in every shape of this package:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,13 +97,13 @@ class BEVFormer(nn.Module):
     ) -> Output:
         """One frame of B vehicles.
 
-        images (B, N, 3, H, W) normalised, padded · lidar2img (B, N, 4, 4) at the padded scale, zeros for an absent
-        camera · can_bus (B, 18), deltas applied · prev_bev (B, cells, C) as the last call returned it, or None ·
-        has_prev (B,) bool: which elements have a history; all of them by default.
+        images (B, N, 3, H, W) normalised, padded, of any size · lidar2img (B, N, 4, 4) at the padded scale, zeros for
+        an absent camera · can_bus (B, 18), deltas applied · prev_bev (B, cells, C) as the last call returned it, or
+        None · has_prev (B,) bool: which elements have a history; all of them by default.
         Raises DataError where a shape does not fit.
         """
         self._check(images, lidar2img, can_bus, prev_bev)
-        tables = self.camera_tables(lidar2img)
+        tables = self.camera_tables(lidar2img, images.shape[-2:])
         device = images.device
         prev_bev, shift, use_prev = self.align_history(can_bus, prev_bev, has_prev)
         return self.forward_tensors(
@@ -153,7 +154,7 @@ class BEVFormer(nn.Module):
         has_prev: Tensor | None,
     ) -> Tensor:
         """The BEV map (B, cells, C) that a call would return, without the decoder: all that a past frame is for."""
-        tables, device = self.camera_tables(lidar2img), images.device
+        tables, device = self.camera_tables(lidar2img, images.shape[-2:]), images.device
         turned, shift, use_prev = self.align_history(can_bus, prev_bev, has_prev)
         return self.pts_bbox_head.encode(
             self.image_features(images),
@@ -174,10 +175,16 @@ class BEVFormer(nn.Module):
         features = self.img_neck(self.img_backbone(flat))
         return [f.reshape(batch, cameras, *f.shape[1:]) for f in features]
 
-    def camera_tables(self, lidar2img: Tensor) -> CameraTables:
-        """Which BEV cells each camera sees, from lidar2img (B, N, 4, 4); computed by numpy, returned on the CPU."""
+    def camera_tables(self, lidar2img: Tensor, size: Sequence[int] | None = None) -> CameraTables:
+        """Which BEV cells each camera sees, from lidar2img (B, N, 4, 4); computed by numpy, returned on the CPU.
+
+        `size`: (H, W) of the padded pictures where it isn't the variant's own.
+        """
+        image = self.variant.image
+        if size is not None:
+            image = replace(image, height=size[0], width=size[1], pad_divisor=1)
         matrices = lidar2img.detach().cpu().numpy()
-        return collate_tables([visible_cells(m, self.variant.bev, self.variant.image) for m in matrices])
+        return collate_tables([visible_cells(m, self.variant.bev, image) for m in matrices])
 
     def align_history(
         self, can_bus: Tensor, prev_bev: Tensor | None, has_prev: Tensor | None
@@ -209,9 +216,10 @@ class BEVFormer(nn.Module):
                 module.requires_grad_(False)
 
     def _check(self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor | None) -> None:
-        batch, n, image = len(images), len(CAMERAS), self.variant.image
+        batch, n = len(images), len(CAMERAS)
         wanted = {
-            "images": (images, (batch, n, 3, image.padded_height, image.padded_width)),
+            # Any height and width: as the original, the network takes pictures of other sizes than its variant's.
+            "images": (images, (batch, n, 3, *images.shape[3:5])),
             "lidar2img": (lidar2img, (batch, n, 4, 4)),
             "can_bus": (can_bus, (batch, 18)),
             "prev_bev": (prev_bev, (batch, self.variant.bev.cells, self.variant.transformer.channels)),

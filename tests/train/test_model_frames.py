@@ -12,7 +12,7 @@ from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.projection import visible_cells
 from qdbev_ros.core.variant import load_variant
 from qdbev_train.model import BEVFormer, ExtraQueries, Output
-from qdbev_train.model.attention import History
+from qdbev_train.model.attention import History, Views
 from qdbev_train.model.bevformer import collate_tables
 from qdbev_train.model.encoder import cell_centres
 from qdbev_train.model.head import inverse_sigmoid
@@ -203,7 +203,7 @@ def test_every_trained_parameter_gets_a_gradient(model: BEVFormer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("images", (1, 6, 3, 32, 32)), ("lidar2img", (1, 5, 4, 4)), ("prev_bev", (1, 31, 16))]
+    ("name", "shape"), [("images", (1, 5, 3, 32, 32)), ("lidar2img", (1, 5, 4, 4)), ("prev_bev", (1, 31, 16))]
 )
 def test_a_wrong_shape_is_named(model: BEVFormer, name: str, shape: tuple[int, ...]) -> None:
     inputs = {
@@ -215,6 +215,21 @@ def test_a_wrong_shape_is_named(model: BEVFormer, name: str, shape: tuple[int, .
     inputs[name] = torch.zeros(shape)
     with pytest.raises(DataError, match=f"{name} has shape .*sample takes"):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_pictures_of_another_size_are_seen_through_the_same_cameras(model: BEVFormer) -> None:
+    """The projection divides by the size of the pictures that come, not by the variant's."""
+    half, bus = torch.diag(torch.tensor([0.5, 0.5, 1.0, 1.0])), can_bus(0, 0)[None]
+    small = images(1)[..., ::2, ::2]
+    seen: list[Views] = []
+    first = model.pts_bbox_head.transformer.encoder.layers[0].attentions[1]
+    hook = first.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    model(images(1), rig(model.variant)[None], bus)
+    model(small, half @ rig(model.variant)[None], bus)
+    hook.remove()
+    torch.testing.assert_close(seen[0].points, seen[1].points)
+    assert seen[1].sizes[0] != seen[0].sizes[0]
 
 
 @torch.no_grad()
