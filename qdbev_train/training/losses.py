@@ -80,9 +80,11 @@ def assigned_loss(
         predicted.append(codes[b, queries])
         wanted.append(target.codes[boxes])
     class_loss = focal_loss(logits, one_hot).sum() / positives
-    difference = (torch.cat(predicted) - torch.cat(wanted)).abs() * code_weights
-    # Rows that are not finite are left out, as in the reference.
-    difference = torch.where(torch.isfinite(difference), difference, torch.zeros_like(difference))
+    found, true = torch.cat(predicted), torch.cat(wanted)
+    difference = (found - true).abs() * code_weights
+    # A box whose target isn't finite is left out whole, as in the original; so is a prediction that diverged.
+    usable = torch.isfinite(true).all(-1, keepdim=True) & torch.isfinite(difference)
+    difference = torch.where(usable, difference, torch.zeros_like(difference))
     return CLASS_WEIGHT * class_loss, BOX_WEIGHT * difference.sum() / positives
 
 

@@ -105,6 +105,17 @@ def test_samples_without_boxes_teach_only_the_background() -> None:
     assert bool((logits.grad > 0).all())
 
 
+def test_a_box_whose_target_is_not_finite_is_left_out_whole() -> None:
+    """A box of no width: the logarithm of its size is minus infinity."""
+    targets = make_targets(2)
+    codes = targets.codes.clone() + 1.0
+    targets.codes[0, 2] = -torch.inf
+    logits = torch.full((1, 1, 2, 10), -12.0)
+    logits[0, 0, torch.arange(2), targets.labels] = 12.0  # so that each query keeps its box
+    loss = detection_loss(logits, codes[None, None], [targets], torch.tensor(2.0), BEVFORMER_WEIGHTS)["box"]
+    assert float(loss) == pytest.approx(0.25 * (8 + 2 * 0.2) / 2)
+
+
 def test_a_prediction_that_diverged_does_not_stop_the_run() -> None:
     targets = make_targets(2)
     codes = torch.full((1, 1, 3, 10), float("nan"))
