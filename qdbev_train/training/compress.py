@@ -75,10 +75,9 @@ def compress(config: CompressConfig) -> Path:
     if "quantisation" in metadata:
         raise ConfigError(f"{config.teacher}: quantised already; compress starts from a float model")
     out = Path(config.out)
-    _check_settings(config, out / SETTINGS, _FREE)
-    other = Path(config.stages_from) / SETTINGS
-    if config.stages_from and other.exists():
-        _require_equal(config, other, _FREE_OF_OTHER)
+    _require_equal(config, out / SETTINGS, _FREE)
+    if config.stages_from:
+        _require_equal(config, Path(config.stages_from) / SETTINGS, _FREE_OF_OTHER)
     origin = metadata.get("provenance", {})
     result = out / "model.safetensors"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -86,9 +85,9 @@ def compress(config: CompressConfig) -> Path:
         if processes > 1:
             raise ConfigError("method ptq is calibration alone; run it without torchrun")
         model, _, _ = load_model(config.teacher)
-        model = post_training_quantise(
-            model.to(_device()), calibration_frames(config, variant), config.quantisation
-        )
+        frames = calibration_frames(config, variant)
+        _leave_settings(config, out / SETTINGS)
+        model = post_training_quantise(model.to(_device()), frames, config.quantisation)
         made = {"teacher": origin, "compression": config.to_dict()}
         save_model(result, model, variant, made, config.quantisation.to_dict())
         return result
@@ -98,6 +97,7 @@ def compress(config: CompressConfig) -> Path:
     steps = training.length.steps(-(-data.samples // (training.batch * processes)))
     job = _Job(config, variant, origin, data, training, steps, processes)
     stages = plan_stages(config.method, config.stages, config.quantisation.parts, steps)
+    _leave_settings(config, out / SETTINGS)
     model_file = Path(config.teacher)
     for number, stage in enumerate(stages, start=1):
         _say(f"stage {number} of {len(stages)}, {stage.name}: {stage.steps} of {steps} steps")
@@ -207,11 +207,9 @@ def _finished(model_file: Path, steps: int) -> bool:
     return bool(metadata.get("provenance", {}).get("steps") == steps)
 
 
-def _check_settings(config: CompressConfig, path: Path, free: set[str]) -> None:
-    """Refuses to go on with other settings; a new compression leaves its own behind."""
-    if path.exists():
-        _require_equal(config, path, free)
-    elif os.environ.get("RANK", "0") == "0":
+def _leave_settings(config: CompressConfig, path: Path) -> None:
+    """What a later call is held to. Left once the data are found: an error before must not bind anyone."""
+    if os.environ.get("RANK", "0") == "0":
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
         temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
@@ -219,6 +217,9 @@ def _check_settings(config: CompressConfig, path: Path, free: set[str]) -> None:
 
 
 def _require_equal(config: CompressConfig, path: Path, free: set[str]) -> None:
+    """Refuses to go on where other settings were left, but for the `free` ones."""
+    if not path.exists():
+        return
     before = json.loads(path.read_text())
     now = json.loads(json.dumps(config.to_dict()))
     # The folder and how often to score stand in the training settings as well, for the loop.

@@ -176,6 +176,19 @@ def test_going_on_with_other_settings_is_refused_by_name(whole: Path, teacher: P
         compress(settings(teacher, whole, "vgd", seed=8))
 
 
+def test_a_wrong_data_root_leaves_nothing_that_a_later_call_is_held_to(teacher: Path, tmp_path: Path) -> None:
+    config = settings(teacher, tmp_path / "out", "qat")
+    data = replace(config.data, root=str(tmp_path / "nowhere"))
+    assert config.training is not None
+    for wrong in (
+        replace(config, data=data, training=replace(config.training, data=data)),
+        replace(config, data=data, training=None, method="ptq"),
+    ):
+        with pytest.raises(DataError):
+            compress(wrong)
+    assert not (tmp_path / "out").exists()
+
+
 def test_learned_steps_move_and_helps_are_handed_on(whole: Path) -> None:
     first, _ = read_tensors(whole / "1_backbone" / "model.safetensors")
     last, _ = read_tensors(whole / "model.safetensors")
