@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from qdbev_ros.core.variant import CLASSES, BevSpec, Variant
 from qdbev_train.training.losses import Targets
 
-HEAT_WEIGHT, BOX_WEIGHT, HEADING_WEIGHT = 1.0, 0.25, 0.5
+HEAT_WEIGHT, BOX_WEIGHT, BIN_WEIGHT = 1.0, 0.25, 0.5
 NO_DEPTH = 0.5  # metres; centres nearer to the camera than this are left out
 HEADINGS = 12  # bins of a full turn
-# Their two ends look the same, or all sides do.
-NO_HEADING = [CLASSES.index("barrier"), CLASSES.index("traffic_cone")]
+SPEEDS = (0.3, 2.0, 5.0, 9.0)  # metres per second, borders between five bins
+# They stand still; their two ends look the same, or all sides do.
+MOTIONLESS = [CLASSES.index("barrier"), CLASSES.index("traffic_cone")]
 IMAGE_CODES = 4  # log depth, log width, log length, log height
 
 
@@ -49,13 +50,25 @@ def headings(codes: Tensor) -> Tensor:
 
 
 def heading_loss(logits: Tensor, angles: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (T, HEADINGS) against the bins of angles (T,), summed; NO_HEADING classes are free.
+    """Cross-entropy of logits (T, HEADINGS) against the bins of angles (T,), summed; MOTIONLESS classes are free.
 
     An L1 loss on sine and cosine stays where it is as long as an axis could point either way; bins do not.
     """
-    has_one = ~torch.isin(labels, labels.new_tensor(NO_HEADING))
-    bins = (angles[has_one] / (2 * math.pi) * HEADINGS).floor().long() % HEADINGS
-    return F.cross_entropy(logits[has_one], bins, reduction="sum")
+    bins = (angles / (2 * math.pi) * HEADINGS).floor().long() % HEADINGS
+    return _bin_loss(logits, bins, labels)
+
+
+def speed_loss(logits: Tensor, codes: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (T, bins) against the speeds in codes (T, 10), summed; MOTIONLESS classes are free.
+
+    Of velocity as of headings: the middle between parked and driving is L1's answer where either may be.
+    """
+    return _bin_loss(logits, torch.bucketize(codes[:, 8:10].norm(dim=-1), codes.new_tensor(SPEEDS)), labels)
+
+
+def _bin_loss(logits: Tensor, bins: Tensor, labels: Tensor) -> Tensor:
+    counted = ~torch.isin(labels, labels.new_tensor(MOTIONLESS))
+    return BIN_WEIGHT * F.cross_entropy(logits[counted], bins[counted], reduction="sum")
 
 
 def camera_centres(lidar2img: Tensor) -> Tensor:
@@ -71,17 +84,18 @@ class DenseHeads(nn.Module):
         super().__init__()
         c, self.classes = variant.transformer.channels, len(variant.classes)
         self.bev: BevSpec = variant.bev
-        self.bev_head = _head(c, self.classes, 10 + HEADINGS)
+        self.bev_head = _head(c, self.classes, 10 + HEADINGS + len(SPEEDS) + 1)
         self.image_head = _head(c, self.classes, IMAGE_CODES + HEADINGS)
 
     def bev_losses(
         self, bev: Tensor, targets: Sequence[Targets], positives: Tensor, code_weights: Tensor
     ) -> dict[str, Tensor]:
-        """From the BEV map (B, cells, C); the heading is that in the LIDAR_TOP frame."""
+        """From the BEV map (B, cells, C); the heading is that in the LIDAR_TOP frame. Speed shows in the map
+        alone, which has a past."""
         spec, low = self.bev, bev.new_tensor(self.bev.pc_range[:2])
         cell = (bev.new_tensor(spec.pc_range[3:5]) - low) / bev.new_tensor([spec.width, spec.height])
         maps = self.bev_head(bev.transpose(1, 2).unflatten(-1, (spec.height, spec.width)))
-        heat_loss, box_loss, turn_loss = bev.new_zeros(3)
+        heat_loss, box_loss, turn_loss, speeds_loss = bev.new_zeros(4)
         for b, target in enumerate(targets):
             centers = (target.codes[:, :2] - low) / cell
             heat = draw_gaussians(
@@ -94,9 +108,15 @@ class DenseHeads(nn.Module):
             wanted[:, :2] -= (torch.stack([column, row], -1) + 0.5) * cell + low
             found = maps[b, self.classes :, row, column].T
             box_loss = box_loss + ((found[:, :10] - wanted).abs() * code_weights).sum()
-            turn_loss = turn_loss + heading_loss(found[:, 10:], headings(target.codes), target.labels)
+            turns, speeds = found[:, 10 : 10 + HEADINGS], found[:, 10 + HEADINGS :]
+            turn_loss = turn_loss + heading_loss(turns, headings(target.codes), target.labels)
+            speeds_loss = speeds_loss + speed_loss(speeds, target.codes, target.labels)
         dense = (HEAT_WEIGHT * heat_loss + BOX_WEIGHT * box_loss) / positives
-        return {"bev_dense": dense, "bev_heading": HEADING_WEIGHT * turn_loss / positives}
+        return {
+            "bev_dense": dense,
+            "bev_heading": turn_loss / positives,
+            "bev_speed": speeds_loss / positives,
+        }
 
     def image_losses(
         self,
@@ -135,7 +155,7 @@ class DenseHeads(nn.Module):
                 angles = headings(codes) - torch.atan2(sight[:, 1], sight[:, 0])
                 turn_loss = turn_loss + heading_loss(found[:, IMAGE_CODES:], angles, labels)
         dense = (HEAT_WEIGHT * heat_loss + BOX_WEIGHT * box_loss) / positives
-        return {"image_dense": dense, "image_heading": HEADING_WEIGHT * turn_loss / positives}
+        return {"image_dense": dense, "image_heading": turn_loss / positives}
 
 
 def _head(channels: int, classes: int, regressed: int) -> nn.Sequential:

@@ -14,7 +14,15 @@ from qdbev_ros.core.variant import CLASSES, load_variant
 from qdbev_train.data.dataset import frame_lidar2img, frame_targets
 from qdbev_train.data.frames import Frame
 from qdbev_train.data.tables import all_frames, load_scenes
-from qdbev_train.training.dense_heads import HEADINGS, DenseHeads, camera_centres, heading_loss, headings
+from qdbev_train.training.dense_heads import (
+    HEADINGS,
+    SPEEDS,
+    DenseHeads,
+    camera_centres,
+    heading_loss,
+    headings,
+    speed_loss,
+)
 from qdbev_train.training.losses import Targets
 
 CODE_WEIGHTS = torch.tensor([1.0] * 8 + [0.2] * 2)
@@ -52,6 +60,15 @@ def test_a_heading_is_free_for_classes_whose_two_ends_look_alike() -> None:
     assert float(heading_loss(logits, angles, labels)) == 0.0
 
 
+@pytest.mark.parametrize(("velocity", "bin_number"), [((0.0, 0.2), 0), ((-1.0, 1.0), 1), ((8.0, -8.0), 4)])
+def test_speed_bins_take_the_length_of_the_velocity(velocity: tuple[float, float], bin_number: int) -> None:
+    codes = torch.zeros(1, 10)
+    codes[0, 8:] = torch.tensor(velocity)
+    logits = torch.full((1, len(SPEEDS) + 1), -50.0)
+    logits[0, bin_number] = 50.0
+    assert float(speed_loss(logits, codes, torch.tensor([CLASSES.index("car")]))) == 0.0
+
+
 @pytest.mark.parametrize("turns", [-1, 0, 2])
 def test_heading_bins_cover_the_full_turn_once(turns: int) -> None:
     car = torch.tensor([CLASSES.index("car")])
@@ -81,5 +98,5 @@ def test_all_losses_fall_when_the_heads_learn_one_frame(frame: Frame) -> None:
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         history.append({k: float(v.detach()) for k, v in losses.items()})
-    assert set(history[0]) == {"bev_dense", "bev_heading", "image_dense", "image_heading"}
+    assert set(history[0]) == {"bev_dense", "bev_heading", "bev_speed", "image_dense", "image_heading"}
     assert all(history[-1][k] < 0.6 * history[0][k] for k in history[0])

@@ -365,7 +365,7 @@ def test_a_further_loss_is_added_logged_and_resumed(tmp_path: Path) -> None:
     named = [
         read_scalar(tmp_path, f"loss/{name}")[1] for name in ("class", "box", "denoising", "pull", "group")
     ]
-    heads = ("bev_dense", "image_dense", "bev_heading", "image_heading")
+    heads = ("bev_dense", "image_dense", "bev_heading", "image_heading", "bev_speed")
     dense = [read_scalar(tmp_path, f"loss/{name}")[1] for name in heads]
     total = read_scalar(tmp_path, "loss/total")[1]
     assert total == pytest.approx([sum(values) for values in zip(*named, *dense)])
