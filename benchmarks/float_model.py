@@ -248,7 +248,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", default=["tiny", "small", "base"], metavar="NAME")
+    parser.add_argument("--variants", nargs="+", default=["nano", "tiny"], metavar="NAME")
     parser.add_argument(
         "--repeats", type=int, default=3, help="runs of nano and tiny after a warm-up (default: 3)"
     )
