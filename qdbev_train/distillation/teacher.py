@@ -39,23 +39,12 @@ class Teacher:
             self.see(images, lidar2img, can_bus, ~batch.is_first.to(device))
 
     @torch.no_grad()
-    def see(self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, has_prev: Tensor) -> Seen:
+    def see(self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, has_prev: Tensor | None) -> Seen:
         """The teacher's maps of a frame; the arguments are those of the model. Its BEV map becomes the memory."""
         model = self.model.to(images.device)
         tables = model.camera_tables(lidar2img, images.shape[-2:])
-        turned, shift, use = model.align_history(
-            can_bus, self.memory, None if self.memory is None else has_prev
-        )
+        has_prev = None if self.memory is None else has_prev
+        inputs = model.encoder_inputs(images, tables, can_bus, self.memory, has_prev)
         features = model.image_features(images)
-        self.memory = model.pts_bbox_head.encode(
-            features,
-            tables.points.to(images.device),
-            tables.cells.to(images.device),
-            tables.slots.to(images.device),
-            tables.weights.to(images.device),
-            can_bus,
-            turned,
-            shift,
-            use,
-        )
+        self.memory = model.pts_bbox_head.encode(features, *inputs)
         return Seen(features, self.memory, tables.mask.to(images.device))

@@ -44,6 +44,19 @@ class Output(NamedTuple):
     boxes: Tensor
 
 
+class EncoderInputs(NamedTuple):
+    """The arguments of `BEVFormer.forward_tensors` between the pictures and the extra queries, in its order."""
+
+    points: Tensor
+    cells: Tensor
+    slots: Tensor
+    weights: Tensor
+    can_bus: Tensor
+    prev_bev: Tensor
+    shift: Tensor
+    use_prev: Tensor
+
+
 @dataclass(frozen=True)
 class CameraTables:
     """`core.projection.VisibleCells` of B frames, padded to one shape (letters as there, with B in front)."""
@@ -104,20 +117,8 @@ class BEVFormer(nn.Module):
         """
         self._check(images, lidar2img, can_bus, prev_bev)
         tables = self.camera_tables(lidar2img, images.shape[-2:])
-        device = images.device
-        prev_bev, shift, use_prev = self.align_history(can_bus, prev_bev, has_prev)
-        return self.forward_tensors(
-            images,
-            tables.points.to(device),
-            tables.cells.to(device),
-            tables.slots.to(device),
-            tables.weights.to(device),
-            can_bus.to(images.dtype),
-            prev_bev,
-            shift,
-            use_prev,
-            extra_queries,
-        )
+        inputs = self.encoder_inputs(images, tables, can_bus, prev_bev, has_prev)
+        return self.forward_tensors(images, *inputs, extra_queries=extra_queries)
 
     def forward_tensors(
         self,
@@ -154,10 +155,22 @@ class BEVFormer(nn.Module):
         has_prev: Tensor | None,
     ) -> Tensor:
         """The BEV map (B, cells, C) that a call would return, without the decoder: all that a past frame is for."""
-        tables, device = self.camera_tables(lidar2img, images.shape[-2:]), images.device
+        tables = self.camera_tables(lidar2img, images.shape[-2:])
+        inputs = self.encoder_inputs(images, tables, can_bus, prev_bev, has_prev)
+        return self.pts_bbox_head.encode(self.image_features(images), *inputs)
+
+    def encoder_inputs(
+        self,
+        images: Tensor,
+        tables: CameraTables,
+        can_bus: Tensor,
+        prev_bev: Tensor | None,
+        has_prev: Tensor | None,
+    ) -> EncoderInputs:
+        """What the encoder takes beside image features, on the device of `images`; arguments as in a call."""
         turned, shift, use_prev = self.align_history(can_bus, prev_bev, has_prev)
-        return self.pts_bbox_head.encode(
-            self.image_features(images),
+        device = images.device
+        return EncoderInputs(
             tables.points.to(device),
             tables.cells.to(device),
             tables.slots.to(device),
