@@ -29,7 +29,7 @@ NO_TESTS = 5  # pytest's exit code when nothing was collected
 
 @dataclass(frozen=True)
 class LaneResult:
-    """What came of one lane; `reasons` counts why tests were skipped."""
+    """What came of one lane; `reasons` counts why tests were skipped, `failures` has a line for each that failed."""
 
     name: str
     passed: int
@@ -37,6 +37,7 @@ class LaneResult:
     skipped: int
     seconds: float
     reasons: Counter[str]
+    failures: tuple[str, ...] = ()
 
     def line(self) -> str:
         """One line of the summary."""
@@ -51,11 +52,15 @@ def read_report(name: str, report: Path, exit_code: int, seconds: float) -> Lane
     """Counts from a JUnit report. Without one, or with an exit code that it doesn't explain, something failed."""
     passed = failed = skipped = 0
     reasons: Counter[str] = Counter()
+    failures = []
     if report.exists():
         for case in ElementTree.parse(report).iter("testcase"):
             skip = case.find("skipped")
-            if case.find("failure") is not None or case.find("error") is not None:
+            problems = [*case.findall("failure"), *case.findall("error")]
+            if problems:
                 failed += 1
+                message = " ".join((problems[0].get("message") or "").split())
+                failures.append(f"FAILED {case.get('classname')}::{case.get('name')}: {message[:300]}")
             elif skip is not None:
                 skipped += 1
                 reasons[skip.get("message") or "no reason given"] += 1
@@ -63,7 +68,8 @@ def read_report(name: str, report: Path, exit_code: int, seconds: float) -> Lane
                 passed += 1
     if exit_code not in (0, NO_TESTS) and not failed:
         failed = 1
-    return LaneResult(name, passed, failed, skipped, seconds, reasons)
+        failures.append(f"FAILED {name}: pytest ended with exit code {exit_code}")
+    return LaneResult(name, passed, failed, skipped, seconds, reasons, tuple(failures))
 
 
 def run_lane(name: str, arguments: list[str]) -> LaneResult:
@@ -85,7 +91,7 @@ def main() -> int:
     results = [run_lane(name, sys.argv[1:]) for name in lanes]
     print("\n=== lanes")
     for result in results:
-        print(result.line())
+        print("\n".join([result.line(), *result.failures]))
     passed, failed, skipped = (
         sum(getattr(r, key) for r in results) for key in ("passed", "failed", "skipped")
     )

@@ -125,6 +125,7 @@ def test_lane_counts_come_from_the_report(tmp_path: Path) -> None:
     result = run_tests.read_report("gpu", report, exit_code=1, seconds=2.0)
     assert (result.passed, result.failed, result.skipped) == (2, 2, 1)
     assert "1 x no CUDA device" in result.line()
+    assert [line.split("::")[1] for line in result.failures] == ["c: no", "d: no fixture"]
 
 
 @pytest.mark.parametrize(("exit_code", "failed"), [(0, 0), (5, 0), (2, 1), (-11, 1)])
