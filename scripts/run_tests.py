@@ -2,7 +2,8 @@
 """run_tests.py [PYTEST ARGUMENTS]: runs every lane of tests by itself and ends with one line of counts.
 
 A lane is a folder below tests/. Each has a pytest of its own: a crash of one (DDS, CUDA) leaves the others alone, and
-torch stays out of the lanes that must do without.
+torch stays out of the lanes that must do without. What failed runs once more, by itself: machines that are shared with
+others now and then make a test too late. What passes then is counted, and named as unsteady.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,8 @@ NO_TESTS = 5  # pytest's exit code when nothing was collected
 
 @dataclass(frozen=True)
 class LaneResult:
-    """What came of one lane; `reasons` counts why tests were skipped, `failures` has a line for each that failed."""
+    """What came of one lane; `reasons` counts why tests were skipped, `failures` has a line for each that failed,
+    `unsteady` one for each that passed at the second try."""
 
     name: str
     passed: int
@@ -38,6 +40,8 @@ class LaneResult:
     seconds: float
     reasons: Counter[str]
     failures: tuple[str, ...] = ()
+    unsteady: tuple[str, ...] = ()
+    crashed: bool = False  # pytest itself ended badly
 
     def line(self) -> str:
         """One line of the summary."""
@@ -52,7 +56,8 @@ def read_report(name: str, report: Path, exit_code: int, seconds: float) -> Lane
     """Counts from a JUnit report. Without one, or with an exit code that it doesn't explain, something failed."""
     passed = failed = skipped = 0
     reasons: Counter[str] = Counter()
-    failures = []
+    failures: list[str] = []
+    crashed = False
     if report.exists():
         for case in ElementTree.parse(report).iter("testcase"):
             skip = case.find("skipped")
@@ -60,7 +65,7 @@ def read_report(name: str, report: Path, exit_code: int, seconds: float) -> Lane
             if problems:
                 failed += 1
                 message = " ".join((problems[0].get("message") or "").split())
-                failures.append(f"FAILED {case.get('classname')}::{case.get('name')}: {message[:300]}")
+                failures.append(f"{case.get('classname')}::{case.get('name')}: {message[:300]}")
             elif skip is not None:
                 skipped += 1
                 reasons[skip.get("message") or "no reason given"] += 1
@@ -68,18 +73,38 @@ def read_report(name: str, report: Path, exit_code: int, seconds: float) -> Lane
                 passed += 1
     if exit_code not in (0, NO_TESTS) and not failed:
         failed = 1
-        failures.append(f"FAILED {name}: pytest ended with exit code {exit_code}")
-    return LaneResult(name, passed, failed, skipped, seconds, reasons, tuple(failures))
+        failures.append(f"{name}: pytest ended with exit code {exit_code}")
+        crashed = True
+    return LaneResult(name, passed, failed, skipped, seconds, reasons, tuple(failures), crashed=crashed)
 
 
 def run_lane(name: str, arguments: list[str]) -> LaneResult:
-    """Runs pytest over tests/NAME with its output on the terminal."""
+    """Runs pytest over tests/NAME with its output on the terminal, and what failed once more."""
     print(f"\n=== {name}", flush=True)
+    first = _run_pytest(name, [*LANES[name], *arguments])
+    if not first.failures or first.crashed:
+        return first
+    print(f"\n=== {name}: what failed, once more", flush=True)
+    again = _run_pytest(name, ["--last-failed", "--last-failed-no-failures", "none", *arguments])
+    if again.passed + again.failed != first.failed:
+        return first
+    still = {line.split(": ")[0] for line in again.failures}
+    return replace(
+        again,
+        passed=first.passed + again.passed,
+        skipped=first.skipped,
+        seconds=first.seconds + again.seconds,
+        reasons=first.reasons,
+        unsteady=tuple(line for line in first.failures if line.split(": ")[0] not in still),
+    )
+
+
+def _run_pytest(name: str, arguments: list[str]) -> LaneResult:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"tests/{name}", "-q", "-rs", f"--junitxml={report}"]
         started = time.monotonic()
-        done = subprocess.run([*command, *LANES[name], *arguments], cwd=ROOT, check=False)
+        done = subprocess.run([*command, *arguments], cwd=ROOT, check=False)
         return read_report(name, report, done.returncode, time.monotonic() - started)
 
 
@@ -91,7 +116,10 @@ def main() -> int:
     results = [run_lane(name, sys.argv[1:]) for name in lanes]
     print("\n=== lanes")
     for result in results:
-        print("\n".join([result.line(), *result.failures]))
+        print(result.line())
+        for kind, lines in (("FAILED", result.failures), ("unsteady", result.unsteady)):
+            for line in lines:
+                print(f"  {kind} {line}")
     passed, failed, skipped = (
         sum(getattr(r, key) for r in results) for key in ("passed", "failed", "skipped")
     )

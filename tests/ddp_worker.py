@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of a run under torchrun, for tests: `ddp_worker.py CONFIG`.
 
-Trains until the last process gets a SIGTERM, which it sends to itself when there is a checkpoint, and then trains on.
+Trains until the last process gets a SIGTERM, which it sends to itself behind the first checkpoint, and then trains on.
 """
 
 from __future__ import annotations
@@ -9,24 +9,28 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 from qdbev_train.cli import main
+from qdbev_train.training import loop
 
 
-def terminate_when(path: Path) -> None:
-    while not path.exists():
-        time.sleep(0.005)
-    os.kill(os.getpid(), signal.SIGTERM)
+def terminate_behind_the_first_checkpoint() -> None:
+    """A thread that watches for the file would now and then be too late for so short a training."""
+    save = loop._Run.save
+
+    def save_and_terminate(run: loop._Run) -> None:
+        save(run)
+        loop._Run.save = save  # type: ignore[method-assign]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    loop._Run.save = save_and_terminate  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
     config = Path(sys.argv[1])
     if os.environ["RANK"] == "1":
-        last = config.with_suffix("") / "last.safetensors"
-        threading.Thread(target=terminate_when, args=(last,), daemon=True).start()
+        terminate_behind_the_first_checkpoint()
     try:
         status = main(["train", str(config)])
     except SystemExit as leaving:

@@ -121,7 +121,7 @@ def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
         if key.endswith("attn.in_proj_bias"):
             # Softmax ignores the keys' bias: its gradient is rounding alone, which AdamW blows up to full steps.
             value, other = (torch.cat([x[:WIDTH], x[2 * WIDTH :]]) for x in (value, other))
-        torch.testing.assert_close(other, value, rtol=1e-5, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(other, value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_another_number_of_processes_is_refused(

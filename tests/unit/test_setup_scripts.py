@@ -128,6 +128,26 @@ def test_lane_counts_come_from_the_report(tmp_path: Path) -> None:
     assert [line.split("::")[1] for line in result.failures] == ["c: no", "d: no fixture"]
 
 
+def test_what_failed_runs_once_more_and_is_named_as_unsteady_when_it_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests" / "unit").mkdir(parents=True)
+    (tmp_path / "tests" / "unit" / "test_some.py").write_text(
+        "from pathlib import Path\n"
+        "def test_fine(): pass\n"
+        "def test_late():\n"
+        "    first = not Path('seen').exists()\n"
+        "    Path('seen').touch()\n"
+        "    assert not first, 'too late'\n"
+        "def test_wrong(): assert False, 'always'\n"
+    )
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    result = run_tests.run_lane("unit", [])
+    assert (result.passed, result.failed) == (2, 1)
+    assert ["::test_wrong: AssertionError: always" in line for line in result.failures] == [True]
+    assert ["::test_late: AssertionError: too late" in line for line in result.unsteady] == [True]
+
+
 @pytest.mark.parametrize(("exit_code", "failed"), [(0, 0), (5, 0), (2, 1), (-11, 1)])
 def test_lane_that_leaves_no_report_fails_unless_it_was_empty(
     tmp_path: Path, exit_code: int, failed: int
