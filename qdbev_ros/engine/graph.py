@@ -57,6 +57,8 @@ class Graph:
         self._readers: dict[str, dict[int, onnx.NodeProto]] = {}
         self._outputs = {o.name for o in model.graph.output}
         self.initializers: dict[str, TensorProto] = {t.name: t for t in model.graph.initializer}
+        # Local to the model, by name; `finish` keeps those that are called.
+        self.functions: dict[str, onnx.FunctionProto] = {f.name: f for f in model.functions}
         if any(t.data_location == TensorProto.EXTERNAL for t in self.initializers.values()):
             raise PackageError("the ONNX graph refers to data outside its own file")
         for node in model.graph.node:
@@ -99,6 +101,9 @@ class Graph:
 
     def nodes(self, op_type: str) -> list[onnx.NodeProto]:
         return [n for n in self._nodes.values() if n.op_type == op_type]
+
+    def all_nodes(self) -> list[onnx.NodeProto]:
+        return list(self._nodes.values())
 
     def users(self, name: str) -> list[onnx.NodeProto]:
         """The nodes that read a tensor."""
@@ -189,9 +194,11 @@ class Graph:
         graph = self._model.graph
         constants = [t for name, t in sorted(self.initializers.items()) if name in needed]
         edited = helper.make_graph(kept[::-1], "qdbev", list(graph.input), list(graph.output), constants)
-        model = helper.make_model(
-            edited, producer_name=producer, opset_imports=[helper.make_opsetid("", opset)]
-        )
+        called = {node.op_type for node in kept if node.domain}
+        functions = [function for name, function in sorted(self.functions.items()) if name in called]
+        domains = sorted({node.domain for node in kept if node.domain})
+        opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        model = helper.make_model(edited, producer_name=producer, opset_imports=opsets, functions=functions)
         model.ir_version = 10  # the first with INT4
         return model
 

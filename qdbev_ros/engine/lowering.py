@@ -20,8 +20,8 @@ OPSET = 21
 ZERO_POINT = 128
 
 
-def lower_u8(master: bytes) -> onnx.ModelProto:
-    """The U8 form of a packed master. Deterministic; raises PackageError where the master is not one."""
+def open_master(master: bytes) -> Graph:
+    """The master as a graph with int8 in place of INT4 weights; raises PackageError where it is not one."""
     try:
         graph = Graph(onnx.load_from_string(master))
     except PackageError:
@@ -31,6 +31,12 @@ def lower_u8(master: bytes) -> onnx.ModelProto:
     for name, tensor in list(graph.initializers.items()):
         if tensor.data_type == TensorProto.INT4:
             graph.initializers[name] = onnx.numpy_helper.from_array(unpack_int4(tensor), name)
+    return graph
+
+
+def lower_u8(master: bytes) -> onnx.ModelProto:
+    """The U8 form of a packed master. Deterministic; raises PackageError where the master is not one."""
+    graph = open_master(master)
     for node in graph.nodes("QuantizeLinear"):
         _fold_rectifier(graph, node)
         _to_unsigned(graph, node)
@@ -60,14 +66,15 @@ def _fold_rectifier(graph: Graph, quantise: onnx.NodeProto) -> None:
 
 def _code_bounds(graph: Graph, quantise: onnx.NodeProto) -> tuple[int, int]:
     """Lowest and highest code behind a QuantizeLinear, its Clip included."""
-    clip = _clip_behind(graph, quantise)
+    clip = clip_behind(graph, quantise)
     if clip is not None:
         return int(graph.constant(clip.input[1])), int(graph.constant(clip.input[2]))
     info = np.iinfo(graph.constant(quantise.input[2]).dtype)
     return int(info.min), int(info.max)
 
 
-def _clip_behind(graph: Graph, quantise: onnx.NodeProto) -> onnx.NodeProto | None:
+def clip_behind(graph: Graph, quantise: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The Clip that limits the codes of a QuantizeLinear."""
     users = graph.users(quantise.output[0])
     return users[0] if len(users) == 1 and users[0].op_type == "Clip" else None
 
@@ -77,7 +84,7 @@ def _to_unsigned(graph: Graph, quantise: onnx.NodeProto) -> None:
     low, high = _code_bounds(graph, quantise)
     shift = ZERO_POINT if low < 0 else 0
     zero = graph.add_constant(np.uint8(shift))
-    codes, clip = quantise.output[0], _clip_behind(graph, quantise)
+    codes, clip = quantise.output[0], clip_behind(graph, quantise)
     graph.set_input(quantise, 2, zero)
     if clip is not None:
         for i, bound in ((1, low), (2, high)):
@@ -139,9 +146,7 @@ def fuse_linears(model: onnx.ModelProto) -> onnx.ModelProto:
             "MatMulIntegerToFloat", inputs, target.output, name=matmul.name, domain="com.microsoft"
         )
         graph.replace(target, [fused])
-    fused_model = graph.finish("qdbev-u8-onnxruntime", OPSET)
-    fused_model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    return fused_model
+    return graph.finish("qdbev-u8-onnxruntime", OPSET)
 
 
 def quantised_convolutions(model: onnx.ModelProto) -> list[str]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a fake-quantised model to the packed ONNX master: torch's exporter, then our own deterministic pass.
 
-The exporter leaves one node `qdbev::FakeQuantise` for every rounding. The pass turns those of weights into INT4 or
+The exporter leaves one node `qdbev::DeformableSampling` for every deformable attention, which becomes a function of the
+model, and one node `qdbev::FakeQuantise` for every rounding. The pass turns those of weights into INT4 or
 INT8 initialisers with DequantizeLinear, those of biases into INT32 ones, and those of activations into
 QuantizeLinear -> Clip -> DequantizeLinear with the Clip on the integers.
 """
@@ -21,6 +22,7 @@ from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.core.projection import visible_cells
 from qdbev_ros.core.variant import CAMERAS, Variant
 from qdbev_ros.engine.graph import Graph, pack_int4
+from qdbev_ros.engine.sampling import define_functions
 
 OPSET = 21
 INPUTS = ("images", "points", "cells", "slots", "weights", "can_bus", "prev_bev", "shift", "use_prev")
@@ -47,6 +49,7 @@ def export_master(model: nn.Module, variant: Variant) -> bytes:
     if any(not torch.isfinite(t).all() for t in model.state_dict().values()):
         raise ConfigError("the model holds values that are not finite; was it calibrated?")
     graph = Graph(onnx.load_from_string(_trace(model, variant)))
+    define_functions(graph)
     _pack(graph)
     graph.merge_duplicates()
     _drop_requantisation(graph)

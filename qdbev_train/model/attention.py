@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,40 @@ def deformable_attention(value: Tensor, sizes: list[MapSize], locations: Tensor,
     locations (B, Q, heads, levels, P, 2): (x, y), 0..1 over the map · weights (B, Q, heads, levels, P)
     Returns (B, Q, heads * D). All inputs to the sampling are FP32: half precision moves the samples.
     """
+    if torch.onnx.is_in_onnx_export():
+        # Plain numbers: the tracer's own would make the maps' sizes part of the graph.
+        shape = (
+            value.shape[2],
+            value.shape[3],
+            locations.shape[-2],
+            *(side for size in sizes for side in size),
+        )
+        return _MarkedSampling.apply(value, locations, weights, tuple(int(n) for n in shape))
+    return grid_samples(value, sizes, locations, weights)
+
+
+class _MarkedSampling(torch.autograd.Function):
+    """The same, exported as one node `qdbev::DeformableSampling` that every engine replaces by its own form.
+
+    shape: heads, D, P, then height and width of every level.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        sizes = list(zip(shape[3::2], shape[4::2], strict=True))
+        return grid_samples(value, sizes, locations, weights)
+
+    @staticmethod
+    def symbolic(g: Any, value: Any, locations: Any, weights: Any, shape: tuple[int, ...]) -> Any:
+        heads, depth, points, *sizes = shape
+        named = {"heads_i": heads, "depth_i": depth, "points_i": points, "sizes_i": sizes}
+        return g.op("qdbev::DeformableSampling", value, locations, weights, **named)
+
+
+def grid_samples(value: Tensor, sizes: list[MapSize], locations: Tensor, weights: Tensor) -> Tensor:
+    """`deformable_attention` by one grid_sample for every level."""
     batch, _, heads, depth = value.shape
     points = locations.shape[-2]
     grids = 2.0 * locations.float() - 1.0

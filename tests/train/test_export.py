@@ -15,8 +15,9 @@ from onnx import TensorProto
 
 from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.engine import load_package, read_package
-from qdbev_ros.engine.graph import unpack_int4
+from qdbev_ros.engine.graph import Graph, unpack_int4
 from qdbev_ros.engine.lowering import fuse_linears, lower_u8
+from qdbev_ros.engine.sampling import inline_samplings, samplings
 from qdbev_train.checkpoint import save_model
 from qdbev_train.cli import main
 from qdbev_train.export.graph import INPUTS, export_master
@@ -80,7 +81,7 @@ def test_every_form_computes_what_the_fake_quantised_model_computes(
     out = student.forward_tensors(*inputs)
     wanted = [out.class_logits[-1, 0].numpy(), out.boxes[-1, 0].numpy(), out.bev[0].numpy()]
     u8 = lower_u8(master)
-    for form in (master, u8.SerializeToString(), fuse_linears(u8).SerializeToString()):
+    for form in (master, *(m.SerializeToString() for m in (u8, inline_samplings(u8), fuse_linears(u8)))):
         session = plain_session(form)
         names = {i.name for i in session.get_inputs()}
         feeds = {n: t.numpy() for n, t in zip(INPUTS, inputs, strict=True) if n in names}
@@ -118,7 +119,27 @@ def test_weights_are_packed_at_their_bits(student: BEVFormer, master: bytes) -> 
     codes = (convolution.weight / convolution.weight_scale[:, None, None, None]).round().clamp(-8, 7)
     packed = [unpack_int4(t) for t in graph.initializer if t.data_type == TensorProto.INT4]
     assert any(p.shape == codes.shape and np.array_equal(p, codes.detach().numpy()) for p in packed)
-    assert all(n.domain == "" for n in graph.node)
+    assert {n.op_type for n in graph.node if n.domain} == {f.name for f in graph_functions(master)}
+
+
+def graph_functions(master: bytes) -> list[onnx.FunctionProto]:
+    return list(onnx.load_from_string(master).functions)
+
+
+def test_every_deformable_attention_is_one_node_of_standard_operators(
+    student: BEVFormer, master: bytes
+) -> None:
+    spec = student.variant.transformer
+    graph = Graph(onnx.load_from_string(master))
+    marked = samplings(graph)
+    assert len(marked) == 2 * spec.encoder_layers + spec.decoder_layers
+    assert {(s.heads, s.depth) for _, s in marked} == {(spec.heads, spec.channels // spec.heads)}
+    assert not graph.nodes("GridSample")
+    for function in graph_functions(master):
+        assert {n.domain for n in function.node} == {""}
+    plain = inline_samplings(onnx.load_from_string(master))
+    assert not plain.functions
+    assert {n.domain for n in plain.graph.node} == {""}
 
 
 def test_every_float_weight_that_is_left_is_named(student: BEVFormer, master: bytes) -> None:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qdbev_ros.engine.graph import Graph
+from qdbev_ros.engine.sampling import define_functions, inline_samplings
 from qdbev_train.model import BEVFormer, build_model
 from tests.model_samples import can_bus, rig, unsettle
 
@@ -60,9 +62,12 @@ def exported(model: BEVFormer) -> bytes:
         output_names=["features", "bev", "class_logits", "boxes"],
         dynamic_axes=dynamic,
         opset_version=20,
+        custom_opsets={"qdbev": 1},
         dynamo=False,
     )
-    return buffer.getvalue()
+    graph = Graph(onnx.load_from_string(buffer.getvalue()))
+    define_functions(graph)
+    return inline_samplings(graph.finish("test", 20)).SerializeToString()
 
 
 @pytest.fixture(scope="module")
