@@ -21,7 +21,7 @@ import yaml
 
 from qdbev_ros.core.errors import ConfigError, QdbevError
 from qdbev_ros.core.variant import CAMERAS
-from qdbev_ros.ros.presets import TopicPreset, config_folder, load_preset
+from qdbev_ros.ros.presets import TopicPreset, config_folder, is_file_name, load_preset
 
 PACKAGE = "qdbev_ros"
 DETECTOR = "qdbev_detector"
@@ -46,7 +46,14 @@ ARGUMENTS = (
     Argument("bag", "", "bag to play: .mcap, .db3 or bag folder; empty: live cameras"),
     Argument("rate", "1.0", "speed of the bag"),
     Argument("loop", "false", "play the bag again and again", BOOLEAN),
-    Argument("preset", "nuscenes", "topic names: a preset of config/presets.yaml"),
+    Argument(
+        "preset", "nuscenes", "topic and frame names: a preset of config/presets, or a remapping file (.yaml)"
+    ),
+    Argument(
+        "calibration",
+        "",
+        "calibration file (.yaml) for cameras without CameraInfo or transforms; empty: none",
+    ),
     Argument("params", "", "parameter file of the node; empty: config/detector.yaml"),
     Argument("engine", "", "inference engine; empty: as in the parameter file"),
     Argument(
@@ -110,6 +117,9 @@ def recorded_topics(preset: TopicPreset, images: bool) -> list[str]:
     """What a recording holds: all results, and what it takes to judge and show them."""
     results = [f"/{DETECTOR}/{name}" for name in ("detections", "objects", "markers")]
     topics = [*results, "/diagnostics", "/tf", "/tf_static", preset.annotations, *preset.info_topics()]
+    if preset.ego_motion == "odometry":
+        topics.append(preset.odometry)
+    topics = [topic for topic in topics if topic]
     return [*topics, *preset.image_topics()] if images else topics
 
 
@@ -125,10 +135,12 @@ def _checked(given: Mapping[str, str]) -> dict[str, str]:
     values |= {name: value.lower() for name, value in values.items() if known[name].choices}
     if not values["model"]:
         raise ConfigError("argument model is missing: give a package, e.g. model:=demo/nano.qdbev")
-    for name in ("model", "bag", "params", "record"):
+    if is_file_name(values["preset"]):
+        values["preset"] = str(Path(values["preset"]).expanduser().absolute())
+    for name in ("model", "bag", "params", "record", "calibration"):
         if values[name]:  # no shell replaces the tilde of model:=~/nano.qdbev
             values[name] = str(Path(values[name]).expanduser().absolute())
-    for name in ("model", "bag", "params"):
+    for name in ("model", "bag", "params", "calibration"):
         if values[name] and not Path(values[name]).exists():
             raise ConfigError(f"argument {name}: {values[name]} doesn't exist")
     for name, kind in (("rate", float), ("queue_size", int)):
@@ -145,6 +157,8 @@ def _detector(values: dict[str, str], sim_time: dict[str, str | bool | int | flo
         "preset": values["preset"],
         **sim_time,
     }
+    if values["calibration"]:
+        parameters["calibration"] = values["calibration"]
     if values["engine"]:
         parameters["engine"] = values["engine"]
     if values["queue_size"]:
@@ -159,10 +173,12 @@ def _detector(values: dict[str, str], sim_time: dict[str, str | bool | int | flo
 def _player(values: dict[str, str], preset: TopicPreset) -> Process:
     answers = f"/{DETECTOR}/detections"
     # The recorder subscribes to each topic when it finds it: to that of the answers in time for the first one.
-    wait_for = preset.image_topics() + ([preset.annotations, answers] if values["record"] else [])
+    wait_for = preset.image_topics()
+    if values["record"]:
+        wait_for += [topic for topic in (preset.annotations, answers) if topic]
     parameters: dict[str, str | bool | int | float] = {
         "bag": values["bag"],
-        "preset": preset.name,
+        "preset": values["preset"],
         "rate": float(values["rate"]),
         "loop": values["loop"] == "true",
         "clock": values["use_sim_time"] == "true",

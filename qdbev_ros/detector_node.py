@@ -23,6 +23,7 @@ from qdbev_ros.core.latency import StageLatencies
 from qdbev_ros.core.memory import MemoryPolicy
 from qdbev_ros.core.pipeline import CameraFrame, Frame, PictureError, Pipeline
 from qdbev_ros.engine import load_package
+from qdbev_ros.ros.calibration_file import calibration_for
 from qdbev_ros.ros.diagnostics import PipelineReport, camera_status, diagnostic_array, pipeline_status
 from qdbev_ros.ros.inputs import Inputs, Job, picture_of
 from qdbev_ros.ros.outputs import Outputs
@@ -48,6 +49,8 @@ class Detector:
                 "parameter model is empty: give a package, e.g. --ros-args -p model:=demo/nano.qdbev"
             )
         preset = load_preset(parameters.preset)
+        parameters = parameters.with_preset(preset)
+        calibration = calibration_for(preset, parameters.calibration)
         engine = load_package(Path(parameters.model), backend=parameters.engine)
         policy = MemoryPolicy(parameters.max_gap, parameters.max_speed)
         self._pipeline = Pipeline(engine, policy, parameters.decode_threads)
@@ -62,7 +65,7 @@ class Detector:
         self._error = Throttled(self.node.get_logger().error)
         self._outputs = Outputs(self.node, parameters, engine.name)
         self._worker: Worker[Job] = Worker(self._process, parameters.queue_size)
-        self._inputs = Inputs(self.node, parameters, preset, self._worker.submit)
+        self._inputs = Inputs(self.node, parameters, preset, calibration, self._worker.submit)
         self._diagnostics = self.node.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         self.node.create_timer(1.0, self._diagnose)
         self.node.create_service(Trigger, "~/reset_memory", self._on_reset)

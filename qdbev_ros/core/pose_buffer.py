@@ -42,6 +42,10 @@ class PoseTrack:
         excess = max(bisect_left(self.stamps, oldest), len(self.stamps) - MAX_POSES)
         del self.stamps[:excess], self.poses[:excess]
 
+    def nearest(self, stamp_ns: int) -> Pose:
+        """The pose that is nearest in time."""
+        return self.poses[min(range(len(self.stamps)), key=lambda i: abs(self.stamps[i] - stamp_ns))]
+
     def lookup(self, stamp_ns: int, name: str) -> Pose:
         """The pose at `stamp_ns`; no extrapolation. `name` is for the message of TransformUnavailable."""
         index = bisect_left(self.stamps, stamp_ns)
@@ -106,8 +110,12 @@ class TransformTree:
         """Whether any transform names this frame."""
         return frame in self._parents or frame in self._parents.values()
 
-    def lookup(self, target: str, source: str, stamp_ns: int) -> Pose:
-        """source -> target at `stamp_ns`. Raises TransformUnavailable, which names the frames."""
+    def lookup(self, target: str, source: str, stamp_ns: int, rigid: bool = False) -> Pose:
+        """source -> target at `stamp_ns`. Raises TransformUnavailable, which names the frames.
+
+        `rigid` says that the two are bolted together: where some tool sends their transforms on /tf again and again,
+        the one nearest in time holds, and nothing waits for the next.
+        """
         for frame in (target, source):
             if not self.has(frame) and target != source:
                 raise TransformUnavailable(f"no transform names the frame {frame!r}", wait=True)
@@ -115,8 +123,8 @@ class TransformTree:
         common = next((frame for frame in source_chain if frame in target_chain), None)
         if common is None:
             raise TransformUnavailable(f"frames {target!r} and {source!r} are not connected", wait=True)
-        up = self._to_ancestor(source_chain[: source_chain.index(common)], stamp_ns)
-        down = self._to_ancestor(target_chain[: target_chain.index(common)], stamp_ns)
+        up = self._to_ancestor(source_chain[: source_chain.index(common)], stamp_ns, rigid)
+        down = self._to_ancestor(target_chain[: target_chain.index(common)], stamp_ns, rigid)
         return down.inverse() @ up
 
     def _chain(self, frame: str) -> list[str]:
@@ -126,7 +134,7 @@ class TransformTree:
             chain.append(parent)
         return chain
 
-    def _to_ancestor(self, frames: list[str], stamp_ns: int) -> Pose:
+    def _to_ancestor(self, frames: list[str], stamp_ns: int, rigid: bool) -> Pose:
         """The pose of frames[0] in the parent of frames[-1]."""
         pose = Pose.identity()
         for child in frames:
@@ -136,6 +144,6 @@ class TransformTree:
                 track = self._tracks.get(child)
                 if track is None:
                     raise TransformUnavailable(f"no {name} since time went back", wait=True)
-                static = track.lookup(stamp_ns, name)
+                static = track.nearest(stamp_ns) if rigid else track.lookup(stamp_ns, name)
             pose = static @ pose
         return pose

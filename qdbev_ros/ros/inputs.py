@@ -17,11 +17,13 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from tf2_msgs.msg import TFMessage
 
+from qdbev_ros.core.encodings import encoding_problem
 from qdbev_ros.core.errors import CalibrationError, DataError
 from qdbev_ros.core.geometry import CameraCalibration, Pose
 from qdbev_ros.core.pose_buffer import TransformTree, TransformUnavailable
 from qdbev_ros.core.synchroniser import FrameSet, Synchroniser
 from qdbev_ros.core.variant import CAMERAS
+from qdbev_ros.ros.calibration_file import RigCalibration
 from qdbev_ros.ros.camera_state import CameraState, check_intrinsics
 from qdbev_ros.ros.messages import pose_from_message, pose_from_transform, stamp_to_ns
 from qdbev_ros.ros.parameters import DetectorParameters
@@ -56,11 +58,20 @@ class Inputs:
     """Collects messages in the executor's thread and hands whole jobs to `on_job`, in order."""
 
     def __init__(
-        self, node: Node, parameters: DetectorParameters, preset: TopicPreset, on_job: Callable[[Job], None]
+        self,
+        node: Node,
+        parameters: DetectorParameters,
+        preset: TopicPreset,
+        calibration: RigCalibration,
+        on_job: Callable[[Job], None],
     ) -> None:
         self._parameters = parameters
         self._on_job = on_job
+        self._preset = preset
+        self._calibration = calibration  # what a calibration file gives wins over the topics
         self.cameras = {c: CameraState(c, preset.image_topic(c), preset.info_topic(c)) for c in CAMERAS}
+        for camera, intrinsics in calibration.intrinsics.items():
+            self.cameras[camera].intrinsics = intrinsics
         self.sync: Synchroniser[Any] = Synchroniser(CAMERAS, parameters.max_spread, parameters.sync_deadline)
         self.tree = TransformTree()
         self.dropped: Counter[str] = Counter()  # reason -> complete sets that never became a job
@@ -82,7 +93,8 @@ class Inputs:
         infos = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
         for camera, state in self.cameras.items():
             node.create_subscription(kind, state.image_topic, partial(self._on_image, camera), images)
-            node.create_subscription(CameraInfo, state.info_topic, partial(self._on_info, camera), infos)
+            if camera not in self._calibration.intrinsics:
+                node.create_subscription(CameraInfo, state.info_topic, partial(self._on_info, camera), infos)
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         node.create_subscription(TFMessage, "/tf_static", self._on_tf_static, latched)
         if self._parameters.ego_motion == "tf":
@@ -193,26 +205,36 @@ class Inputs:
             if state.intrinsics is None:
                 problem = f" ({state.info_error})" if state.info_error else ""
                 raise CalibrationError(f"no usable CameraInfo on {state.info_topic}{problem}")
-            frame = _frame(message.header.frame_id)
-            if not self.tree.has(frame):
-                text = f"no transform names {frame!r}, the frame of the pictures on {state.image_topic}"
-                raise TransformUnavailable(text, wait=True)
+            sensor2ego = self._sensor_pose(name, message.header.frame_id, stamp)
             calibration = CameraCalibration(
-                name, state.intrinsics.matrix, state.intrinsics.width, state.intrinsics.height,
-                self.tree.lookup(base, frame, stamp),
+                name, state.intrinsics.matrix, state.intrinsics.width, state.intrinsics.height, sensor2ego
             )  # fmt: skip
             cameras[name] = CameraJob(message, calibration, self.tree.lookup(fixed, base, stamp))
         reference = images.stamp_ns
         return Job(
             reference, images.spread_s, cameras, self.tree.lookup(fixed, base, reference),
-            self.tree.lookup(base, self._parameters.model_frame, reference), arrived,
+            self._calibration.model
+            or self.tree.lookup(base, self._parameters.model_frame, reference, rigid=True), arrived,
         )  # fmt: skip
+
+    def _sensor_pose(self, camera: str, header_frame: str, stamp_ns: int) -> Pose:
+        """Camera -> vehicle: the calibration file's, else that of the frame which the picture names."""
+        if camera in self._calibration.extrinsics:
+            return self._calibration.extrinsics[camera]
+        frame = self._preset.image_frame(camera, header_frame)
+        if not self.tree.has(frame):
+            topic = self.cameras[camera].image_topic
+            text = f"no transform names {frame!r}, the frame of the pictures on {topic}"
+            raise TransformUnavailable(text, wait=True)
+        return self.tree.lookup(self._parameters.base_frame, frame, stamp_ns, rigid=True)
 
 
 def picture_of(message: Any, bridge: Any) -> memoryview | np.ndarray[Any, np.dtype[np.uint8]]:
     """Compressed bytes as they are; raw images as BGR through cv_bridge. Raises DataError where it cannot."""
     if isinstance(message, CompressedImage):
         return memoryview(message.data)
+    if problem := encoding_problem(message.encoding):
+        raise DataError(problem)
     try:
         return bridge.imgmsg_to_cv2(message, desired_encoding="bgr8")  # type: ignore[no-any-return]
     except Exception as error:  # cv_bridge raises its own, OpenCV's and KeyError

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.ros.presets import TopicPreset
 
 Value = str | int | float | bool
 P = TypeVar("P")
@@ -31,13 +32,16 @@ class DetectorParameters:
 
     model: str = parameter("", "path of the .qdbev package")
     engine: str = parameter("auto", "inference engine: auto, or a name that the package can run on")
-    preset: str = parameter("nuscenes", "topic names: a preset of config/presets.yaml")
-    fixed_frame: str = parameter("map", "frame in which the vehicle moves")
-    base_frame: str = parameter("base_link", "frame of the vehicle")
+    preset: str = parameter("nuscenes", "topic and frame names: a preset of config/presets, or a YAML file")
+    calibration: str = parameter("", "calibration file; what it holds wins over CameraInfo and transforms")
+    fixed_frame: str = parameter("", "frame in which the vehicle moves; empty: the preset's")
+    base_frame: str = parameter("", "frame of the vehicle; empty: the preset's")
     model_frame: str = parameter(
-        "LIDAR_TOP", "frame of the model and of all outputs: x right, y forward, z up"
+        "", "frame of the model and of all outputs: x right, y forward, z up; empty: the preset's"
     )
-    ego_motion: str = parameter("tf", "where the vehicle's motion comes from", choices=("tf", "odometry"))
+    ego_motion: str = parameter(
+        "", "where the vehicle's motion comes from; empty: as the preset says", choices=("", "tf", "odometry")
+    )
     image_reliability: str = parameter(
         "best_effort",
         "QoS of the image subscriptions; reliable needs a publisher that offers it",
@@ -60,13 +64,23 @@ class DetectorParameters:
     max_detections: int = parameter(300, "most boxes in ~/detections and ~/objects, best first", 1, 300)
     display_threshold: float = parameter(0.3, "lowest score in ~/markers", 0.0, 1.0)
 
+    def with_preset(self, preset: TopicPreset) -> DetectorParameters:
+        """The same with the preset's names where these are empty. Raises ConfigError without an odometry topic."""
+        names = ("fixed_frame", "base_frame", "model_frame", "ego_motion")
+        filled = dataclasses.replace(self, **{n: getattr(self, n) or getattr(preset, n) for n in names})
+        if filled.ego_motion == "odometry" and not preset.odometry:
+            raise ConfigError(
+                f"parameter ego_motion is 'odometry', but preset {preset.name} names no such topic"
+            )
+        return filled
+
 
 @dataclass(frozen=True)
 class PlayerParameters:
     """Parameters of qdbev_bag_player."""
 
     bag: str = parameter("", "bag to play: an .mcap or .db3 file, or a bag folder")
-    preset: str = parameter("nuscenes", "topic names: the bag must hold its cameras")
+    preset: str = parameter("nuscenes", "preset or YAML file: the bag must hold its cameras")
     rate: float = parameter(1.0, "speed; 2 is twice as fast as recorded", 0.01, 100.0)
     loop: bool = parameter(False, "start again at the end, with the original stamps")
     clock: bool = parameter(False, "publish /clock")

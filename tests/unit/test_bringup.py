@@ -131,14 +131,6 @@ def test_every_parameter_has_a_text_and_numbers_have_bounds(kind: type) -> None:
             assert item.metadata["low"] <= item.default <= item.metadata["high"]
 
 
-def test_presets_name_all_six_cameras() -> None:
-    for name in yaml.safe_load((config_folder() / "presets.yaml").read_text()):
-        preset = load_preset(name)
-        topics = preset.image_topics() + preset.info_topics()
-        assert len(set(topics)) == 12
-    assert load_preset("nuscenes").image_topic("CAM_BACK") == "/CAM_BACK/image_rect_compressed"
-
-
 def test_the_rviz_view_shows_what_the_node_and_the_bag_publish() -> None:
     view = yaml.safe_load((config_folder() / "qdbev.rviz").read_text())["Visualization Manager"]
     assert view["Global Options"]["Fixed Frame"] == "map"

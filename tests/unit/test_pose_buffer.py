@@ -114,3 +114,16 @@ def test_memory_is_bounded_by_time_and_count() -> None:
     assert len(tree._tracks["base_link"].stamps) == MAX_POSES
     tree.insert("map", "base_link", 100 * SECOND, at(0.0))
     assert len(tree._tracks["base_link"].stamps) == 1
+
+
+def test_a_bolted_sensor_sent_on_tf_is_where_it_was_sent_last() -> None:
+    """Some tools repeat the sensors' transforms on /tf. A picture need not wait for the next one."""
+    tree = TransformTree()
+    here, there = (Pose(np.array([1.0, 0, 0, 0]), np.array([x, 0.0, 0.0])) for x in (1.0, 2.0))
+    tree.insert("base_link", "CAM_FRONT", 1_000_000_000, here)
+    tree.insert("base_link", "CAM_FRONT", 1_400_000_000, there)
+    with pytest.raises(TransformUnavailable):
+        tree.lookup("base_link", "CAM_FRONT", 1_500_000_000)
+    for stamp, pose in ((900_000_000, here), (1_100_000_000, here), (1_500_000_000, there)):
+        found = tree.lookup("base_link", "CAM_FRONT", stamp, rigid=True)
+        assert found.translation.tolist() == pose.translation.tolist()

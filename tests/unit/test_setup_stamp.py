@@ -55,7 +55,7 @@ def test_stamp_follows_what_the_environment_is_made_from(checkout: Path, changed
 
 def test_stamp_follows_the_names_of_linked_files_but_not_their_text(checkout: Path) -> None:
     before = stamp(checkout)
-    append(checkout / "config" / "presets.yaml")
+    append(checkout / "config" / "presets" / "raw.yaml")
     assert stamp(checkout) == before
     (checkout / "config" / "new.yaml").write_text("")
     assert stamp(checkout) != before
