@@ -125,7 +125,7 @@ def small_master() -> bytes:
         helper.make_tensor_value_info("bev", TensorProto.FLOAT, [CELLS, CHANNELS]),
     ]
     graph = helper.make_graph(b.nodes, "small", inputs, outputs, b.constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    model = helper.make_model(graph, producer_name="qdbev", opset_imports=[helper.make_opsetid("", 21)])
     model.ir_version = 10
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString(deterministic=True)

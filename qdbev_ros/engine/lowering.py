@@ -14,24 +14,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from qdbev_ros.core.errors import PackageError
-from qdbev_ros.engine.graph import Graph, unpack_int4
+from qdbev_ros.engine.graph import Graph
+from qdbev_ros.engine.master import OPSET, open_master
 
-OPSET = 21
 ZERO_POINT = 128
-
-
-def open_master(master: bytes) -> Graph:
-    """The master as a graph with int8 in place of INT4 weights; raises PackageError where it is not one."""
-    try:
-        graph = Graph(onnx.load_from_string(master))
-    except PackageError:
-        raise
-    except Exception as error:  # protobuf raises its own type, which differs between its implementations
-        raise PackageError(f"the model is no ONNX file: {' '.join(str(error).split())}") from error
-    for name, tensor in list(graph.initializers.items()):
-        if tensor.data_type == TensorProto.INT4:
-            graph.initializers[name] = onnx.numpy_helper.from_array(unpack_int4(tensor), name)
-    return graph
 
 
 def lower_u8(master: bytes) -> onnx.ModelProto:
