@@ -256,7 +256,7 @@ def test_colours_in_a_stated_order_are_taken(encoding: str) -> None:
     [
         ("mono8", "has no colours"),
         ("16UC1", "has no colours"),
-        ("bayer_rggb8", "debayer and rectify first"),
+        ("bayer_rggb8", "debayer and rectify it first"),
         ("8UC3", "does not say the order"),
         ("yuv422_yuy2", "convert to one of bgr8, rgb8"),
     ],
