@@ -21,7 +21,7 @@ from qdbev_ros.core.encodings import encoding_problem
 from qdbev_ros.core.errors import CalibrationError, DataError
 from qdbev_ros.core.geometry import CameraCalibration, Pose
 from qdbev_ros.core.pose_buffer import TransformTree, TransformUnavailable
-from qdbev_ros.core.synchroniser import FrameSet, Synchroniser
+from qdbev_ros.core.synchroniser import FrameSet, Synchroniser, SyncSettings
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.calibration_file import RigCalibration
 from qdbev_ros.ros.camera_state import CameraState, check_intrinsics
@@ -31,6 +31,7 @@ from qdbev_ros.ros.presets import TopicPreset
 from qdbev_ros.ros.throttle import Throttled
 
 MAX_PENDING = 20  # sets that wait for transforms or calibrations
+TICK_S = 0.02  # how often deadlines are looked at
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,16 @@ class Inputs:
         self.cameras = {c: CameraState(c, preset.image_topic(c), preset.info_topic(c)) for c in CAMERAS}
         for camera, intrinsics in calibration.intrinsics.items():
             self.cameras[camera].intrinsics = intrinsics
-        self.sync: Synchroniser[Any] = Synchroniser(CAMERAS, parameters.max_spread, parameters.sync_deadline)
+        settings = SyncSettings(
+            parameters.max_spread, parameters.sync_deadline, anchor=parameters.sync_anchor
+        )
+        self.sync: Synchroniser[Any] = Synchroniser(CAMERAS, settings)
         self.tree = TransformTree()
         self.dropped: Counter[str] = Counter()  # reason -> complete sets that never became a job
         self._pending: deque[tuple[FrameSet[Any], float]] = deque()
         self._warn = Throttled(node.get_logger().warning)
         self._subscribe(node, preset)
-        node.create_timer(0.05, self._pump)
+        node.create_timer(TICK_S, self._tick)
 
     @property
     def pending(self) -> int:
@@ -114,22 +118,31 @@ class Inputs:
         self._pump()
 
     def _on_image(self, camera: str, message: Any) -> None:
-        self.cameras[camera].image_arrived(time.monotonic())
+        now = time.monotonic()
+        self.cameras[camera].image_arrived(now)
         stamp = stamp_to_ns(message.header.stamp)
-        resets = sum(self.sync.counters.resets.values())
-        sets = self.sync.add(camera, stamp, message)
-        if sum(self.sync.counters.resets.values()) > resets:
+        jumps = self.sync.counters.resets["time_back"]
+        sets = self.sync.add(camera, stamp, message, now)
+        if self.sync.counters.resets["time_back"] > jumps:
             self._warn("time_back", f"time went back on {self.cameras[camera].image_topic}: starting anew")
             self.tree.forget_after(stamp)
             self.dropped["time_back"] += len(self._pending)
             self._pending.clear()
+        self._take(sets, now)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._take(self.sync.expire(now), now)
+
+    def _take(self, sets: list[FrameSet[Any]], now: float) -> None:
+        """Queues new sets and works off what can be."""
         for images in sets:
             if images.missing:
                 topics = ", ".join(self.cameras[c].image_topic for c in images.missing)
                 self._warn("incomplete", f"no picture in time on {topics}: set dropped")
                 self.dropped["incomplete"] += 1
             else:
-                self._pending.append((images, time.monotonic()))
+                self._pending.append((images, now))
         while len(self._pending) > MAX_PENDING:
             self._pending.popleft()
             self.dropped["transform"] += 1
@@ -200,7 +213,7 @@ class Inputs:
     def _assemble(self, images: FrameSet[Any], arrived: float) -> Job:
         fixed, base = self._parameters.fixed_frame, self._parameters.base_frame
         cameras = {}
-        for name, (stamp, message) in images.images.items():
+        for name, (stamp, message, _) in images.images.items():
             state = self.cameras[name]
             if state.intrinsics is None:
                 problem = f" ({state.info_error})" if state.info_error else ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.presets import TopicPreset
 
 Value = str | int | float | bool
@@ -48,7 +49,12 @@ class DetectorParameters:
         choices=("best_effort", "reliable"),
     )
     max_spread: float = parameter(0.06, "seconds between the oldest and newest picture of a set", 0.001, 1.0)
-    sync_deadline: float = parameter(0.3, "seconds after which an incomplete set is given up", 0.01, 10.0)
+    sync_deadline: float = parameter(
+        0.1, "seconds that the first picture of a set waits for the others", 0.01, 10.0
+    )
+    sync_anchor: str = parameter(
+        CAMERAS[0], "camera around whose pictures incomplete sets are made", choices=CAMERAS
+    )
     tf_timeout: float = parameter(
         0.5, "seconds that a complete set waits for transforms and CameraInfo", 0.0, 10.0
     )

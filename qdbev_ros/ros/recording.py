@@ -15,13 +15,14 @@ from qdbev_ros.core.geometry import CameraCalibration, Pose
 from qdbev_ros.core.pose_buffer import TransformTree
 from qdbev_ros.core.preprocess import Picture
 from qdbev_ros.core.projection import lidar_to_image
-from qdbev_ros.core.synchroniser import FrameSet, Synchroniser
+from qdbev_ros.core.synchroniser import FrameSet, Synchroniser, SyncSettings
 from qdbev_ros.core.variant import CAMERAS, CLASSES
 from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.camera_state import check_intrinsics
 from qdbev_ros.ros.presets import TopicPreset
 
 FOREVER_S = 1e9
+REPLAY_DEADLINE_S = 0.8  # that a set's first picture waits for the others; a bag's log times may be uneven
 CUBE, ADD = 1, 0  # visualization_msgs/Marker
 
 
@@ -37,10 +38,10 @@ def empty_boxes() -> Boxes:
 def read_sets(bag: BagReader, preset: TopicPreset) -> list[FrameSet[None]]:
     """The complete sets that the bag holds, by the node's own synchroniser; payloads are left out."""
     cameras = {preset.image_topic(camera): camera for camera in CAMERAS}
-    sync: Synchroniser[None] = Synchroniser(CAMERAS)
+    sync: Synchroniser[None] = Synchroniser(CAMERAS, SyncSettings(deadline_s=REPLAY_DEADLINE_S))
     sets: list[FrameSet[None]] = []
-    for topic, _, message in bag.messages(list(cameras)):
-        sets += sync.add(cameras[topic], stamp_ns(message.header), None)
+    for topic, logged_ns, message in bag.messages(list(cameras)):
+        sets += sync.add(cameras[topic], stamp_ns(message.header), None, logged_ns * 1e-9)
     return [frame for frame in sets if not frame.missing]
 
 
