@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench study clean
 
 ENV = . scripts/env.sh
 
@@ -28,6 +28,13 @@ lint: ## ruff and mypy
 bench: ## time and memory of the float models, PyTorch beside ONNX Runtime; leaves out/bench.json
 	@scripts/setup.sh test
 	@$(ENV) && python benchmarks/float_model.py
+
+study: ## what each step of the compression is worth: data, teacher, every row, tables and plots in docs/study; resumable
+	@scripts/setup.sh test
+	@$(ENV) && qdbev synth data/town --split train --scenes 240 --seed 1
+	@$(ENV) && qdbev synth data/town --split val --scenes 12 --seed 1000
+	@$(ENV) && qdbev train config/train/nano_town.yaml
+	@$(ENV) && qdbev study config/study/nano_town.yaml
 
 clean: ## removes .venv and what was built; keeps out/, data/ and the message packages in the cache folder
 	rm -rf .venv .venv.lock build install log .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

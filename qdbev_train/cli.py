@@ -19,11 +19,13 @@ COMMANDS = (
     "qdbev_train.training.command",
     "qdbev_train.training.plot_command",
     "qdbev_train.training.compress_command",
+    "qdbev_train.study.command",
     "qdbev_train.released.command",
     "qdbev_train.export.command",
     "qdbev_train.evaluation.command",
     "qdbev_train.evaluation.score_command",
     "qdbev_train.bags.command",
+    "qdbev_ros.doctor_command",
 )
 
 

@@ -88,7 +88,11 @@ class CompressConfig:
 
 def read_compression(path: str | Path) -> CompressConfig:
     """Reads a YAML file; unknown, missing and mistyped keys are all named."""
-    raw, source = read_yaml(path), str(path)
+    return compression(read_yaml(path), str(path))
+
+
+def compression(raw: dict[str, Any], source: str) -> CompressConfig:
+    """The description out of plain data; `source` names the place in errors."""
     names = [f.name for f in dataclasses.fields(CompressConfig)]
     if set(raw) != set(names):
         unknown, missing = sorted(set(raw) - set(names)), sorted(set(names) - set(raw))
