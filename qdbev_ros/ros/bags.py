@@ -47,6 +47,15 @@ class BagReader:
         return {c.topic: c.msgtype for c in self._reader.connections if c.msgcount}
 
     @property
+    def counts(self) -> dict[str, int]:
+        """topic -> number of messages, of topics that hold one."""
+        counts: dict[str, int] = {}
+        for connection in self._reader.connections:
+            if connection.msgcount:
+                counts[connection.topic] = counts.get(connection.topic, 0) + connection.msgcount
+        return counts
+
+    @property
     def duration_s(self) -> float:
         return self._reader.duration * 1e-9
 
