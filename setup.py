@@ -33,11 +33,12 @@ if __name__ == "__main__":
         maintainer_email="maintainers@qdbev.example",
         license="Apache-2.0",
         packages=find_packages(include=["qdbev_ros", "qdbev_ros.*", "qdbev_train", "qdbev_train.*"]),
+        package_data={"qdbev_ros.engine": ["*.c"]},  # compiled on the vehicle, for its own CPU
         data_files=[
             ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
             (f"share/{PACKAGE}", ["package.xml"]),
             *shared_files(),
         ],
         install_requires=["setuptools"],
-        zip_safe=True,
+        zip_safe=False,
     )

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +18,14 @@ from qdbev_ros.core.boxes import Boxes, decode_boxes
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import Array, CameraCalibration, Pose
 from qdbev_ros.core.memory import MemoryInput, MemoryPolicy, TemporalMemory
-from qdbev_ros.core.preprocess import Picture, decode_picture, normalise_picture, resize_picture
+from qdbev_ros.core.preprocess import (
+    Picture,
+    PictureGrid,
+    decode_picture,
+    encode_picture,
+    normalise_picture,
+    resize_picture,
+)
 from qdbev_ros.core.projection import lidar_to_image, scale_to_input, stack_lidar2img
 from qdbev_ros.core.variant import CAMERAS, Variant
 
@@ -36,14 +44,17 @@ class InferenceOutput(Protocol):
 
 
 class Engine(Protocol):
-    """A loaded package, as `qdbev_ros.engine.load_package` gives it."""
+    """A loaded package, as `qdbev_ros.engine.load_package` gives it.
+
+    One that takes pictures as codes, too, has a `picture_grid` that is not None.
+    """
 
     @property
     def variant(self) -> Variant: ...
 
     def infer(
         self,
-        images: NDArray[np.float32],  # (6, 3, H, W) normalised, padded
+        images: NDArray[np.float32] | NDArray[np.uint8],  # (6, 3, H, W) padded; normalised, or codes
         lidar2img: NDArray[np.float32],  # (6, 4, 4) at the network's input scale; zeros for an absent camera
         can_bus: NDArray[np.float32],  # (18,) deltas applied
         prev_bev: NDArray[np.float32] | None,  # (cells, C) as the last call returned it
@@ -91,7 +102,8 @@ class FrameResult:
 class Pipeline:
     """Runs frames in order through one engine with one memory. Not for two threads at a time.
 
-    `workers` threads decode pictures side by side.
+    `workers` threads decode pictures side by side. Pictures that stay whole grey levels go to the engine as codes where
+    it takes them: nothing is computed in float then, and the numbers are the same.
     """
 
     def __init__(self, engine: Engine, policy: MemoryPolicy | None = None, workers: int = 2) -> None:
@@ -99,8 +111,15 @@ class Pipeline:
         self.variant = engine.variant
         self.memory = TemporalMemory(self.variant.temporal, policy)
         self._pool = ThreadPoolExecutor(workers, "picture")
+        # OpenCV's own threads have nothing to add to these, and they wait in loops.
+        cv2.setNumThreads(0)
         image = self.variant.image
-        self._images = np.zeros((len(CAMERAS), 3, image.padded_height, image.padded_width), np.float32)
+        grid: PictureGrid | None = getattr(engine, "picture_grid", None)
+        self._table = grid.table(image) if grid is not None and image.decode == "reduced" else None
+        self._grey = 0 if self._table is None or grid is None else grid.zero
+        kind = np.float32 if self._table is None else np.uint8
+        shape = (len(CAMERAS), 3, image.padded_height, image.padded_width)
+        self._images: NDArray[Any] = np.full(shape, self._grey, kind)
 
     def run(self, frame: Frame) -> FrameResult:
         """Boxes of one frame. Raises PictureError before the memory moves on, so a bad picture costs one frame."""
@@ -143,15 +162,18 @@ class Pipeline:
         return resize_picture(picture, self.variant.image)
 
     def _prepare(self, frame: Frame, pictures: dict[str, Picture]) -> NDArray[np.float32]:
-        """Fills the input images and returns lidar2img (6, 4, 4); zeros in both for absent cameras."""
+        """Fills the input images and returns lidar2img (6, 4, 4); the mean colour and zeros for absent cameras."""
         matrices: list[Array | None] = []
         for index, name in enumerate(CAMERAS):
             camera = frame.cameras.get(name)
             if camera is None:
-                self._images[index] = 0.0
+                self._images[index] = self._grey
                 matrices.append(None)
                 continue
-            normalise_picture(pictures[name], self.variant.image, self._images[index])
+            if self._table is None:
+                normalise_picture(pictures[name], self.variant.image, self._images[index])
+            else:
+                encode_picture(pictures[name], self.variant.image, self._table, self._images[index])
             full = lidar_to_image(camera.calibration, frame.lidar2ego, camera.ego2global, frame.ego2global)
             matrices.append(scale_to_input(full, camera.calibration, self.variant.image))
         return stack_lidar2img(matrices)

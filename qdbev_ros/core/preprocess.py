@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a camera's picture to the network's input. Pictures are (height, width, 3) uint8 BGR, as OpenCV has them."""
+"""From a camera's picture to the network's input. Pictures are (height, width, 3) uint8 BGR, as OpenCV has them.
+
+The input is normalised float32, or, for an engine that takes it and pictures that stay whole numbers, its codes.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -83,3 +87,44 @@ def normalise_picture(
         np.subtract(picture[:, :, source], np.float32(image.mean[channel]), out=plane)
         plane *= np.float32(1.0 / image.std[channel])
     return out
+
+
+@dataclass(frozen=True)
+class PictureGrid:
+    """The integers that a network takes for its pictures: a code stands for (code - zero) * step, `low` to `high`."""
+
+    step: float
+    zero: int
+    low: int
+    high: int
+
+    def table(self, image: ImageSpec) -> NDArray[np.uint8]:
+        """(256, 3): the code of every grey level, for the channels of a BGR picture.
+
+        What normalise_picture computes, divided and rounded as QuantizeLinear does it: the same codes to the bit.
+        Padding is `zero`, since BEVFormer pads behind the normalisation: it stands for the mean colour.
+        """
+        columns = []
+        for channel in range(3):
+            grey = np.arange(256, dtype=np.uint8)
+            value = np.subtract(grey, np.float32(image.mean[channel])) * np.float32(1.0 / image.std[channel])
+            codes = np.rint(value.astype(np.float32) / np.float32(self.step)) + self.zero
+            columns.append(np.clip(codes, self.low, self.high).astype(np.uint8))
+        return np.stack(columns[::-1] if image.color == "rgb" else columns, axis=1)
+
+
+def encode_picture(
+    picture: Picture, image: ImageSpec, table: NDArray[np.uint8], out: NDArray[np.uint8]
+) -> None:
+    """Fills out (3, padded height, padded width) with the codes of a picture of the input's size.
+
+    The padding of `out` must hold the grid's zero already. Raises DataError where the picture's size is another.
+    """
+    if picture.shape != (image.height, image.width, 3) or picture.dtype != np.uint8:
+        raise DataError(
+            f"a {picture.dtype} picture of shape {picture.shape} where {(image.height, image.width, 3)} was expected"
+        )
+    codes = cv2.LUT(picture, table[None])
+    if image.color == "rgb":
+        codes = codes[:, :, ::-1]
+    out[:, : image.height, : image.width] = codes.transpose(2, 0, 1)

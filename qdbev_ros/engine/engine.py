@@ -5,19 +5,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdbev_ros.core.ego_motion import CAN_BUS_SIZE, bev_shift, rotate_bev, rotation_sources
-from qdbev_ros.core.errors import DataError, EngineError
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.preprocess import PictureGrid
 from qdbev_ros.core.projection import VisibleCells, visible_cells
 from qdbev_ros.core.variant import CAMERAS, Variant
+from qdbev_ros.engine.backends import check_backend, open_runner
 from qdbev_ros.engine.package import Package, read_package
-
-BACKENDS = ("auto", "onnxruntime")
-Floats = NDArray[np.float32]
+from qdbev_ros.engine.parity import ensure_parity
+from qdbev_ros.engine.runner import Floats, Runner
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,6 @@ class InferenceResult:
     bev: Floats
 
 
-class Runner(Protocol):
-    """What a backend has to offer."""
-
-    description: str
-
-    def run(self, tensors: dict[str, NDArray[Any]]) -> dict[str, Floats]: ...
-
-
 class Engine:
     """A package on a backend. Not for several threads at once: it keeps the projection of the last calibration."""
 
@@ -49,40 +42,57 @@ class Engine:
         self.name = f"{package.variant.name} ({package.path.name})"
         self.description = runner.description
         self.sha256 = package.sha256
-        self._runner = runner
+        self.picture_grid: PictureGrid | None = getattr(runner, "picture_grid", None)
+        self.runner = runner
+        self._no_history = np.zeros((self.variant.bev.cells, self.variant.transformer.channels), np.float32)
         self._lidar2img: Floats | None = None
         self._tables: VisibleCells | None = None
 
     def infer(
-        self, images: Floats, lidar2img: Floats, can_bus: Floats, prev_bev: Floats | None
+        self,
+        images: Floats | NDArray[np.uint8],
+        lidar2img: Floats,
+        can_bus: Floats,
+        prev_bev: Floats | None,
     ) -> InferenceResult:
         """One frame.
 
-        images (6, 3, H, W) normalised and padded, in the order of CAMERAS · lidar2img (6, 4, 4) from the LIDAR_TOP
-        frame to pixels of the input, all zeros for an absent camera · can_bus (18,), deltas applied ·
-        prev_bev (cells, C) as the last call returned it, or None. Raises DataError where a shape does not fit.
+        images (6, 3, H, W) normalised and padded, in the order of CAMERAS, or uint8 codes of `picture_grid` where that
+        is not None · lidar2img (6, 4, 4) from the LIDAR_TOP frame to pixels of the input, all zeros for an absent
+        camera · can_bus (18,), deltas applied · prev_bev (cells, C) as the last call returned it, or None.
+        Raises DataError where a shape does not fit.
         """
+        answer = self.runner.run(self.tensors(images, lidar2img, can_bus, prev_bev))
+        return InferenceResult(answer["class_logits"], answer["boxes"], answer["bev"])
+
+    def tensors(
+        self,
+        images: Floats | NDArray[np.uint8],
+        lidar2img: Floats,
+        can_bus: Floats,
+        prev_bev: Floats | None,
+    ) -> dict[str, NDArray[Any]]:
+        """What `infer` hands to the runner, by name; its arguments are those of `infer`."""
         self._check(images, lidar2img, can_bus, prev_bev)
         bev, temporal = self.variant.bev, self.variant.temporal
-        if prev_bev is None:
-            history = np.zeros((bev.cells, self.variant.transformer.channels), np.float32)
-            shift = np.zeros(2, np.float32)
-        else:
-            sources = rotation_sources(float(can_bus[17]), bev, temporal.rotate_center)
-            history, shift = rotate_bev(prev_bev, sources), bev_shift(can_bus, bev)
         tables = self._visible(lidar2img)
+        kind = np.uint8 if images.dtype == np.uint8 else np.float32
         tensors: dict[str, NDArray[Any]] = {
-            "images": np.ascontiguousarray(images, np.float32)[None],
+            "images": np.ascontiguousarray(images, kind)[None],
             "points": tables.points[None],
             "cells": tables.cells[None],
             "slots": tables.slots[None],
             "weights": tables.weights[None],
             "can_bus": np.asarray(can_bus, np.float32)[None],
-            "prev_bev": history[None],
-            "shift": shift[None],
+            "shift": np.zeros((1, 2), np.float32) if prev_bev is None else bev_shift(can_bus, bev)[None],
             "use_prev": np.array([0.0 if prev_bev is None else 1.0], np.float32),
         }
-        return InferenceResult(**self._runner.run(tensors))
+        history = self._no_history if prev_bev is None else prev_bev
+        degrees = 0.0 if prev_bev is None else float(can_bus[17])
+        sources = rotation_sources(degrees, bev, temporal.rotate_center)
+        if self.runner.turns_memory:
+            return tensors | {"memory": history, "sources": sources[None]}
+        return tensors | {"prev_bev": rotate_bev(history, sources)[None]}
 
     def _visible(self, lidar2img: Floats) -> VisibleCells:
         """Gather tables of the calibration, computed anew only when it changed."""
@@ -91,7 +101,9 @@ class Engine:
             self._lidar2img = np.array(lidar2img)
         return self._tables
 
-    def _check(self, images: Floats, lidar2img: Floats, can_bus: Floats, prev_bev: Floats | None) -> None:
+    def _check(
+        self, images: NDArray[Any], lidar2img: Floats, can_bus: Floats, prev_bev: Floats | None
+    ) -> None:
         image, n = self.variant.image, len(CAMERAS)
         wanted = {
             "images": (images, (n, 3, image.padded_height, image.padded_width)),
@@ -102,23 +114,21 @@ class Engine:
         for name, (array, shape) in wanted.items():
             if array is not None and array.shape != shape:
                 raise DataError(f"{name} has shape {array.shape}, {self.variant.name} takes {shape}")
+        if images.dtype == np.uint8 and self.picture_grid is None:
+            raise DataError("images are bytes, this engine takes normalised float32 pictures")
 
 
 def load_package(path: str | Path, backend: str = "auto", threads: int | None = None) -> Engine:
-    """Verifies a `.qdbev` file and makes it ready to run.
+    """Verifies a `.qdbev` file, makes it ready to run and checks that it computes what it should.
 
-    backend: "onnxruntime", or "auto" for the best one of this machine · threads: of the engine, None leaves it to the
-    backend. Raises PackageError for a bad file, EngineError where the backend is unknown, missing or not up to it.
+    backend: "auto" takes TensorRT where there is a GPU for it, else ONNX Runtime; or a name of BACKENDS · threads: of
+    an engine on the CPU, None leaves it to the backend. The description says which it is and why. Raises PackageError
+    for a bad file, EngineError where the backend is unknown, missing or computes something else than the package says.
     """
-    if backend not in BACKENDS:
-        raise EngineError(f"unknown engine {backend!r}; use one of {', '.join(BACKENDS)}")
-    if threads is not None and threads < 1:
-        raise EngineError(f"{threads} threads cannot run anything; use 1 or more")
+    check_backend(backend, threads)
     package = read_package(path)
-    try:
-        from qdbev_ros.engine.onnxruntime_runner import OnnxRuntimeRunner
-    except ImportError as error:
-        raise EngineError(
-            f"the onnxruntime engine needs onnxruntime and onnx (pip install): {error}"
-        ) from error
-    return Engine(package, OnnxRuntimeRunner(package.model, threads))
+    opened = open_runner(package, backend, threads)
+    engine = Engine(package, opened.runner)
+    verdict = ensure_parity(package, engine, opened.key, threads)
+    engine.description = f"{opened.runner.description}{opened.why}; {verdict.summary()}"
+    return engine

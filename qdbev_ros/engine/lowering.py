@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from qdbev_ros.core.errors import PackageError
+from qdbev_ros.core.preprocess import PictureGrid
 from qdbev_ros.engine.graph import Graph
 from qdbev_ros.engine.master import OPSET, open_master
 
@@ -139,3 +140,21 @@ def quantised_convolutions(model: onnx.ModelProto) -> list[str]:
     """Names of the convolutions whose weights are integers: an engine has to run every one of them in int8."""
     integers = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     return [n.name for n in model.graph.node if n.op_type == "Conv" and n.input[1] in integers]
+
+
+def picture_codes(lowered: onnx.ModelProto) -> tuple[str, PictureGrid] | None:
+    """The tensor that holds the pictures' codes, (6, 3, H, W), and their grid; None where pictures stay in float."""
+    graph = Graph(lowered)
+    name = "images"
+    while True:
+        users = [user for user in graph.users(name) if user.op_type != "Shape"]
+        if len(users) != 1 or users[0].op_type not in ("Reshape", "QuantizeLinear"):
+            return None
+        (user,) = users
+        name = user.output[0]
+        if user.op_type == "QuantizeLinear":
+            break
+    low, high = _code_bounds(graph, user)
+    clip = clip_behind(graph, user)
+    step, zero = float(graph.constant(user.input[1])), int(graph.constant(user.input[2]))
+    return name if clip is None else clip.output[0], PictureGrid(step, zero, low, high)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network on ONNX Runtime's CPU kernels, convolutions in int8.
+"""The network on ONNX Runtime's CPU kernels, convolutions in int8, deformable attention in our own kernel.
 
 ONNX Runtime says nothing when it cannot fuse a quantised convolution and runs it in float instead, several times
 slower. So the graph that it really runs is read back at start-up, and the runner refuses to start unless all of them
-are int8.
+are int8. It has no fast kernel for deformable attention and its wheels take no new ones from Python, so the graph is
+cut there: its parts hand each other tensors without copying, and the kernel runs in between. Without a compiler for
+the kernel the graph stays whole and samples by GridSample.
 """
 
 from __future__ import annotations
@@ -18,41 +20,126 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qdbev_ros.core.errors import EngineError
-from qdbev_ros.engine.lowering import fuse_linears, lower_u8, quantised_convolutions
+from qdbev_ros.core.preprocess import PictureGrid
+from qdbev_ros.engine.lowering import fuse_linears, lower_u8, picture_codes, quantised_convolutions
+from qdbev_ros.engine.native import DeformableKernel, KernelError
+from qdbev_ros.engine.sampling import Sampling, inline_samplings
+from qdbev_ros.engine.stages import Stage, cut, split
 
 # ONNX Runtime's own messages: errors only; its advice on threads and saved graphs is not the user's business.
 _LOG_ERRORS = 3
 
 
 class OnnxRuntimeRunner:
-    """A session over the lowered graph: named arrays in, named arrays out."""
+    """Sessions over the lowered graph: named arrays in, named arrays out. Not for several threads at once.
+
+    picture_grid: what the codes of the pictures stand for where `images` may be given as codes, (1, 6, 3, H, W) uint8
+    """
+
+    picture_grid: PictureGrid | None = None
+    turns_memory = False
+    stage_outputs = True
 
     def __init__(self, master: bytes, threads: int | None) -> None:
-        lowered = fuse_linears(lower_u8(master))
-        options = session_options(threads)
-        with tempfile.TemporaryDirectory(prefix="qdbev-") as folder:
-            optimised = Path(folder) / "optimised.onnx"
-            options.optimized_model_filepath = str(optimised)
-            try:
-                self._session = ort.InferenceSession(
-                    lowered.SerializeToString(), options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # ONNX Runtime raises a dozen types of its own, without a common base
-                raise EngineError(
-                    f"ONNX Runtime cannot load the model: {' '.join(str(error).split())}"
-                ) from error
-            self.integer_convolutions = check_convolutions(lowered, onnx.load(str(optimised)))
-        self._names = {i.name for i in self._session.get_inputs()}
-        self._outputs = [o.name for o in self._session.get_outputs()]
+        lowered = lower_u8(master)
+        self._outputs = [o.name for o in lowered.graph.output]
+        self.integer_convolutions = 0
+        self._front: _Part | None = None
+        self._codes = ""
+        kernel, sampling = _kernel(threads)
+        if kernel is None:
+            lowered = inline_samplings(lowered)
+        codes = picture_codes(lowered)
+        if codes is not None:
+            self._codes, self.picture_grid = codes
+            front, lowered = split(lowered, self._codes)
+            self._front = self._part(Stage(front, ()), threads, None)
+        self._parts = [self._part(stage, threads, kernel) for stage in cut(lowered)]
         self.description = (
-            f"ONNX Runtime {ort.__version__}, CPU, {options.intra_op_num_threads or 'all'} threads, "
-            f"{self.integer_convolutions} int8 convolutions"
+            f"ONNX Runtime {ort.__version__}, CPU, {threads or 'all'} threads, "
+            f"{self.integer_convolutions} int8 convolutions, {sampling}"
         )
 
     def run(self, tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """One inference. Inputs that the graph does not read are left out."""
-        feeds = {name: tensors[name] for name in self._names}
-        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        given = dict(tensors)
+        if self._codes and given["images"].dtype == np.uint8:
+            pictures = given.pop("images")
+            given[self._codes] = pictures.reshape(-1, *pictures.shape[2:])
+        # On the CPU an OrtValue is a view of the array: nothing is copied.
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in given.items()}
+        if self._front is not None and self._codes not in values:
+            self._front.run(values)
+        for part in self._parts:
+            part.run(values)
+        return {name: values[name].numpy() for name in self._outputs}
+
+    def _part(self, stage: Stage, threads: int | None, kernel: DeformableKernel | None) -> _Part:
+        lowered = fuse_linears(stage.model)
+        session, optimised = _session(lowered, threads)
+        self.integer_convolutions += check_convolutions(lowered, optimised)
+        return _Part(session, stage.samplings, kernel)
+
+
+class _Part:
+    """One session and the samplings behind it, on a dictionary of tensors that all parts share."""
+
+    def __init__(
+        self, session: ort.InferenceSession, samplings: tuple[Sampling, ...], kernel: DeformableKernel | None
+    ) -> None:
+        self._session = session
+        self._inputs = [i.name for i in session.get_inputs()]
+        self._outputs = [o.name for o in session.get_outputs()]
+        self._samplings = samplings
+        self._kernel = kernel
+        self._buffers: dict[str, ort.OrtValue] = {}
+
+    def run(self, values: dict[str, ort.OrtValue]) -> None:
+        """Adds the tensors that this part makes."""
+        feeds = {name: values[name] for name in self._inputs}
+        values.update(
+            zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds), strict=True)
+        )
+        for sampling in self._samplings:
+            values[sampling.output] = self._sample(sampling, values)
+
+    def _sample(self, s: Sampling, values: dict[str, ort.OrtValue]) -> ort.OrtValue:
+        assert self._kernel is not None
+        value, locations, weights = values[s.value], values[s.locations], values[s.weights]
+        value_shape, weights_shape = value.shape(), weights.shape()
+        shape = [*weights_shape[:2], s.heads * s.depth]
+        out = self._buffers.get(s.output)
+        if out is None or out.shape() != shape:  # another rig sees another number of cells
+            out = ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32))
+            self._buffers[s.output] = out
+        buffers = value.data_ptr(), locations.data_ptr(), weights.data_ptr(), out.data_ptr()
+        self._kernel(buffers, value_shape, weights_shape, s.sizes)
+        return out
+
+
+def _kernel(threads: int | None) -> tuple[DeformableKernel | None, str]:
+    """The kernel where it can be had, and what the engine says about it."""
+    try:
+        return DeformableKernel(threads), "deformable attention by our own kernel"
+    except KernelError as error:
+        return None, f"deformable attention by GridSample, three times slower or worse, because {error}"
+
+
+def _session(model: onnx.ModelProto, threads: int | None) -> tuple[ort.InferenceSession, onnx.ModelProto]:
+    """A session, and the graph as ONNX Runtime made it faster."""
+    options = session_options(threads)
+    with tempfile.TemporaryDirectory(prefix="qdbev-") as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        options.optimized_model_filepath = str(optimised)
+        try:
+            session = ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime raises a dozen types of its own, without a common base
+            raise EngineError(
+                f"ONNX Runtime cannot load the model: {' '.join(str(error).split())}"
+            ) from error
+        return session, onnx.load(str(optimised))
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:

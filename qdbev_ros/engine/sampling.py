@@ -104,7 +104,8 @@ def _function(sampling: Sampling) -> onnx.FunctionProto:
         return name
 
     inputs = ("value", "locations", "weights")
-    body += grid_sample_form(replace(sampling, **{name: name for name in (*inputs, "output")}), constant)
+    own = replace(sampling, value=inputs[0], locations=inputs[1], weights=inputs[2], output="output")
+    body += grid_sample_form(own, constant)
     opset = helper.make_opsetid("", OPSET)
     return helper.make_function(DOMAIN, sampling.op_type, inputs, ["output"], body, [opset], _ATTRIBUTES)
 

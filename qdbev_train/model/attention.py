@@ -53,7 +53,9 @@ class _MarkedSampling(torch.autograd.Function):
     def symbolic(g: Any, value: Any, locations: Any, weights: Any, shape: tuple[int, ...]) -> Any:
         heads, depth, points, *sizes = shape
         named = {"heads_i": heads, "depth_i": depth, "points_i": points, "sizes_i": sizes}
-        return g.op("qdbev::DeformableSampling", value, locations, weights, **named)
+        sampled = g.op("qdbev::DeformableSampling", value, locations, weights, **named)
+        batch = value.type().sizes()[0]
+        return sampled.setType(value.type().with_sizes([batch, None, heads * depth]))
 
 
 def grid_samples(value: Tensor, sizes: list[MapSize], locations: Tensor, weights: Tensor) -> Tensor:

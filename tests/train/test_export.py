@@ -14,9 +14,10 @@ import torch
 from onnx import TensorProto
 
 from qdbev_ros.core.errors import ConfigError
-from qdbev_ros.engine import load_package, read_package
+from qdbev_ros.engine import load_package, onnxruntime_runner, read_package
 from qdbev_ros.engine.graph import Graph, unpack_int4
 from qdbev_ros.engine.lowering import fuse_linears, lower_u8
+from qdbev_ros.engine.native import KernelError
 from qdbev_ros.engine.sampling import inline_samplings, samplings
 from qdbev_train.checkpoint import save_model
 from qdbev_train.cli import main
@@ -109,6 +110,25 @@ def test_the_engine_agrees_with_the_model_over_a_drive(student: BEVFormer, packa
         ):
             error = np.sqrt(np.square(got - wanted.numpy()).mean())
             assert error < 0.15 * float(wanted.std())
+
+
+def test_without_a_compiler_the_engine_samples_by_grid_sample_and_says_so(
+    student: BEVFormer, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (batch,) = frames(student, 1)
+    arrays = (batch.images[0].numpy(), batch.lidar2img[0].numpy(), batch.can_bus[0].numpy())
+    with_kernel = load_package(package, threads=1)
+
+    def missing(threads: int | None) -> None:
+        raise KernelError("there is no C compiler")
+
+    monkeypatch.setattr(onnxruntime_runner, "DeformableKernel", missing)
+    without = load_package(package, threads=1)
+    assert "GridSample" in without.description
+    assert "no C compiler" in without.description
+    results = [engine.infer(*arrays, None) for engine in (with_kernel, without)]
+    assert closeness(*(result.bev for result in results)) > 0.97
+    assert closeness(*(result.class_logits for result in results)) > 0.97
 
 
 def test_weights_are_packed_at_their_bits(student: BEVFormer, master: bytes) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ import pytest
 
 from qdbev_ros.core.errors import DataError, EngineError, PackageError
 from qdbev_ros.engine import engine as engine_module
-from qdbev_ros.engine import load_package, write_package
+from qdbev_ros.engine import load_package, read_package, write_package
 from tests.small_master import CELLS, CHANNELS, QUERIES, small_master, small_variant, write_small_package
 
 CAMERA = np.array([[4, 0, 0, 4], [0, 4, 0, 4], [0, 0, -1, 20], [0, 0, 0, 1]], np.float32)
@@ -84,6 +85,28 @@ def test_the_fused_engine_stays_within_a_few_steps_of_the_plain_graph(package: P
     got = load_package(package, threads=1).infer(images, lidar2img, can_bus, None)
     assert np.abs(got.bev - bev).max() < 0.02  # a mean of codes 0.12 apart
     assert np.abs(got.class_logits - logits).max() < 3 * 0.1 * 0.05 * 8  # steps of input times weights
+
+
+def test_pictures_given_as_codes_give_the_same_bits_as_in_float(package: Path) -> None:
+    engine = load_package(package, threads=1)
+    grid = engine.picture_grid
+    assert grid is not None
+    images, lidar2img, can_bus = frame(2)
+    codes = np.clip(np.rint(images / np.float32(grid.step)) + grid.zero, grid.low, grid.high).astype(np.uint8)
+    wanted, got = (
+        engine.infer(images, lidar2img, can_bus, None),
+        engine.infer(codes, lidar2img, can_bus, None),
+    )
+    np.testing.assert_array_equal(got.class_logits, wanted.class_logits)
+    np.testing.assert_array_equal(got.bev, wanted.bev)
+
+
+def test_an_engine_that_takes_no_codes_says_so(package: Path) -> None:
+    runner = SimpleNamespace(description="float only", run=lambda tensors: tensors)
+    engine = engine_module.Engine(read_package(package), runner)
+    images, lidar2img, can_bus = frame()
+    with pytest.raises(DataError, match="images are bytes"):
+        engine.infer(images.astype(np.uint8), lidar2img, can_bus, None)
 
 
 def test_the_previous_map_is_left_as_it_was(package: Path) -> None:

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from qdbev_ros.core.errors import DataError
-from qdbev_ros.core.preprocess import decode_picture, decode_reduction, normalise_picture, resize_picture
+from qdbev_ros.core.preprocess import (
+    PictureGrid,
+    decode_picture,
+    decode_reduction,
+    encode_picture,
+    normalise_picture,
+    resize_picture,
+)
 from qdbev_ros.core.variant import load_variant
 
 NANO, TINY, SMALL = (load_variant(name).image for name in ("nano", "tiny", "small"))
@@ -103,3 +110,26 @@ def test_a_picture_of_another_size_than_its_calibration_is_refused() -> None:
 def test_a_png_is_decoded_too() -> None:
     data = cv2.imencode(".png", np.zeros((225, 400, 3), np.uint8))[1].tobytes()
     assert decode_picture(data, 400, 225, NANO).shape == (225, 400, 3)
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr"])
+@pytest.mark.parametrize("grid", [PictureGrid(0.0277, 128, 0, 255), PictureGrid(0.08, 128, 96, 159)])
+def test_codes_are_the_normalised_picture_rounded_to_the_grid(color: str, grid: PictureGrid) -> None:
+    """Every grey level in every channel, ties and cut-off values among them; padding stands for the mean colour."""
+    image = replace(NANO, height=16, width=48, pad_divisor=32, color=color)
+    picture = (
+        np.random.default_rng(3).permuted(np.repeat(np.arange(256, dtype=np.uint8), 9)).reshape(16, 48, 3)
+    )
+    codes = np.full((3, 32, 64), grid.zero, np.uint8)
+    encode_picture(picture, image, grid.table(image), codes)
+    exact = normalise_picture(picture, image) / np.float32(grid.step)
+    wanted = np.clip(np.rint(exact) + grid.zero, grid.low, grid.high)
+    np.testing.assert_array_equal(codes, wanted)
+
+
+def test_a_picture_that_is_not_bytes_of_the_inputs_size_has_no_codes() -> None:
+    table = PictureGrid(0.03, 128, 0, 255).table(NANO)
+    out = np.zeros((3, 144, 256), np.uint8)
+    for picture in (np.zeros((144, 256, 3), np.float32), np.zeros((256, 144, 3), np.uint8)):
+        with pytest.raises(DataError, match=r"\(144, 256, 3\) was expected"):
+            encode_picture(picture, NANO, table, out)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts a lowered graph at its sampling nodes, so that a kernel that ONNX Runtime doesn't have can run in between.
+
+A node belongs to the earliest stage in which all its inputs are there. What depends on constants alone is part of every
+stage that reads it, so that weights stay beside the products that the runtime fuses them with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx
+from onnx import helper
+
+from qdbev_ros.core.errors import PackageError
+from qdbev_ros.engine.sampling import Sampling, is_sampling
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A graph of its own, and the samplings that follow it. Tensors keep their names from stage to stage."""
+
+    model: onnx.ModelProto
+    samplings: tuple[Sampling, ...]
+
+
+def cut(model: onnx.ModelProto) -> list[Stage]:
+    """The stages of a model in the order in which they run; a single one where there is nothing to cut at."""
+    source = _Source(model)
+    numbers = {value.name: 0 for value in model.graph.input}
+    for node in model.graph.node:
+        if node.output[0] in source.varying:
+            latest = max(numbers[name] for name in node.input if name in numbers)
+            numbers.update(dict.fromkeys(node.output, latest + is_sampling(node)))
+    made = []
+    for number in range(max(numbers.values()) + 1):
+        plain = [n for n in source.nodes if numbers.get(n.output[0]) == number and not is_sampling(n)]
+        own = {name for node in plain for name in node.output}
+        others = (n for n in source.nodes if is_sampling(n) or numbers.get(n.output[0]) != number)
+        wanted = {name for n in others for name in n.input} | {o.name for o in model.graph.output}
+        behind = [n for n in source.nodes if is_sampling(n) and numbers[n.output[0]] == number + 1]
+        # The first decoder layer asks from where its queries always stand: constants that no other node makes.
+        fixed = {name for n in behind for name in n.input} - source.varying
+        part = source.part(plain, sorted(own & wanted | fixed))
+        made.append(Stage(part, tuple(Sampling.of(n) for n in behind)))
+    return made
+
+
+def split(model: onnx.ModelProto, tensor: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """(what makes a tensor, what is left and takes it as an input)."""
+    source = _Source(model)
+    needed, front = {tensor}, []
+    for node in reversed(source.nodes):
+        if needed.intersection(node.output) and node.output[0] in source.varying:
+            needed.update(node.input)
+            front.append(node)
+    made = {name for node in front for name in node.output}
+    rest = [n for n in source.nodes if n.output[0] in source.varying and n.output[0] not in made]
+    if any(name in made and name != tensor for node in rest for name in node.input):
+        raise PackageError(f"the graph cannot be split at {tensor!r}: its other parts read what is before it")
+    return source.part(front[::-1], [tensor]), source.part(rest, [o.name for o in model.graph.output])
+
+
+class _Source:
+    """A model with what taking parts of it needs: the types of its tensors, and which depend on its inputs."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        self.types = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
+        self.makers = {name: node for node in self.nodes for name in node.output}
+        self.constants = {t.name: t for t in model.graph.initializer}
+        self.varying = {value.name for value in model.graph.input}
+        for node in self.nodes:
+            if self.varying.intersection(node.input):
+                self.varying.update(node.output)
+
+    def part(self, nodes: list[onnx.NodeProto], outputs: list[str]) -> onnx.ModelProto:
+        """The model of some nodes, makers first, and of the constant ones that they read."""
+        whole: dict[str, onnx.NodeProto] = {}
+        for node in nodes:
+            for maker in (*self._constant_makers(node.input), node):
+                whole[maker.output[0]] = maker
+        for maker in self._constant_makers(outputs):
+            whole[maker.output[0]] = maker
+        made = {name for node in whole.values() for name in node.output}
+        read = dict.fromkeys(name for node in whole.values() for name in node.input if name)
+        inputs = [self._type(name) for name in read if name not in made and name not in self.constants]
+        constants = [self.constants[name] for name in read if name in self.constants]
+        graph = helper.make_graph(
+            list(whole.values()), "part", inputs, [self._type(name) for name in outputs], constants
+        )
+        model = helper.make_model(
+            graph,
+            producer_name=self.model.producer_name,
+            opset_imports=self.model.opset_import,
+            functions=self.model.functions,
+        )
+        model.ir_version = self.model.ir_version
+        return model
+
+    def _constant_makers(self, names: Iterable[str]) -> list[onnx.NodeProto]:
+        """The nodes, makers first, that compute those of the tensors which depend on constants alone."""
+        found: list[onnx.NodeProto] = []
+        for name in names:
+            if name in self.makers and name not in self.varying:
+                maker = self.makers[name]
+                found += [*self._constant_makers(maker.input), maker]
+        return found
+
+    def _type(self, name: str) -> onnx.ValueInfoProto:
+        if name not in self.types:
+            raise PackageError(f"the type of tensor {name!r} cannot be told")
+        return self.types[name]
