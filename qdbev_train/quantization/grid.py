@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdbev_train.quantization import kernels
+
 # float32 holds every integer up to here, so that a bias code is the same number in torch and in ONNX.
 BIAS_LIMIT = 2**24
 
@@ -28,8 +30,13 @@ class _FakeQuantise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # In float32 whatever comes in: half precision has no room for a code and its remainder.
+        ctx.learned, ctx.fused = ctx.needs_input_grad[1], kernels.applies_to(x, scale)
+        if ctx.fused:
+            ctx.save_for_backward(x)
+            # As numbers: a running scale moves on before the gradients come.
+            ctx.grid = (scale.item(), low.item(), high.item())
+            return kernels.fake_quantise(x, *ctx.grid)
         codes = torch.round(x.float() / scale)
-        ctx.learned = ctx.needs_input_grad[1]
         if ctx.learned:
             ctx.save_for_backward(x, scale, low, high)
         else:
@@ -39,6 +46,12 @@ class _FakeQuantise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         # Straight through inside the range, nothing where the value was cut off.
+        if ctx.fused:
+            (x,) = ctx.saved_tensors
+            step, lowest, highest = ctx.grid
+            passed, pull = kernels.gradients(x, step, lowest, highest, grad)
+            learned = torch.tensor(pull * _step_factor(x, highest)) if ctx.learned else None
+            return passed, learned, None, None
         if not ctx.learned:
             (inside,) = ctx.saved_tensors
             return grad * inside, None, None, None
@@ -48,13 +61,17 @@ class _FakeQuantise(torch.autograd.Function):
         codes = torch.round(ratio)
         inside = (codes >= low) & (codes <= high)
         slope = torch.where(inside, codes - ratio, codes.clamp(low, high))
-        # Esser et al. 2020: without the factor a step, which all of a tensor pulls at, would outrun the weights.
-        factor = torch.rsqrt(high * x[0].numel())
-        return grad * inside, (grad * slope).sum_to_size(scale.shape) * factor, None, None
+        pulls = (grad * slope).sum_to_size(scale.shape) * _step_factor(x, float(high))
+        return grad * inside, pulls, None, None
 
     @staticmethod
     def symbolic(g: Any, x: Any, scale: Any, low: Any, high: Any) -> Any:
         return g.op("qdbev::FakeQuantise", x, scale, low, high).setType(x.type())
+
+
+def _step_factor(x: Tensor, high: float) -> float:
+    """Esser et al. 2020: without it a step, which all of a tensor pulls at, would outrun the weights."""
+    return float((high * x[0].numel()) ** -0.5)
 
 
 def fake_quantise(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
