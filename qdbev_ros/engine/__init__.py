@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from qdbev_ros.engine.engine import BACKENDS, Engine, InferenceResult, load_package
+from qdbev_ros.engine.backends import BACKENDS
+from qdbev_ros.engine.engine import Engine, InferenceResult, load_package
 from qdbev_ros.engine.package import Package, read_package, write_package
 
 __all__ = [

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the packed master to the form that TensorRT takes: S8, zero-point 0, strongly typed explicit Q/DQ.
 
-Weights become int8, the limits of the codes a float Clip in front of QuantizeLinear (TensorRT clips no integers), biases
-float tensors that hold the rounded values. Eight unsigned bits have no place in int8: such tensors, two or three small
-ones, are rounded in float. Sampling becomes gathers (`gather_sampling`): TensorRT 10.14 and 11.1 are reported to compute
+Weights become int8, the limits of the codes a float Clip in front of QuantizeLinear (TensorRT clips no integers),
+biases float tensors that hold the rounded values. Eight unsigned bits have no place in int8: such tensors, a few small
+ones, are rounded in float. Sampling becomes gathers (`gather_sampling`): TensorRT 10.14 and 11.1 are said to compute
 deformable attention by GridSample wrongly, without a word. None of this changes a number.
 """
 

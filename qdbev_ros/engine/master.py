@@ -16,6 +16,7 @@ PRODUCER = "qdbev"
 FUNCTIONS = "qdbev"  # domain of the model's own functions
 INPUTS = ("images", "points", "cells", "slots", "weights", "can_bus", "prev_bev", "shift", "use_prev")
 OUTPUTS = ("class_logits", "boxes", "bev")
+FEATURES = "image_features_"  # outputs that `stage_outputs` adds, numbered
 
 
 def open_master(master: bytes) -> Graph:
@@ -23,7 +24,7 @@ def open_master(master: bytes) -> Graph:
 
     Raises PackageError where it is no master.
     """
-    graph = Graph(_parse(master))
+    graph = Graph(parse_master(master))
     for name, tensor in list(graph.initializers.items()):
         if tensor.data_type == TensorProto.INT4:
             graph.initializers[name] = onnx.numpy_helper.from_array(unpack_int4(tensor), name)
@@ -37,7 +38,7 @@ def open_master(master: bytes) -> Graph:
 
 def check_master(master: bytes, variant: Variant) -> None:
     """Raises PackageError with one line where a graph is not one that `qdbev export` makes of such a variant."""
-    model = _parse(master)
+    model = parse_master(master)
     image, bev, spec = variant.image, variant.bev, variant.transformer
     wanted = {
         "images": (1, len(CAMERAS), 3, image.padded_height, image.padded_width),
@@ -54,7 +55,8 @@ def check_master(master: bytes, variant: Variant) -> None:
             )
 
 
-def _parse(master: bytes) -> onnx.ModelProto:
+def parse_master(master: bytes) -> onnx.ModelProto:
+    """The graph of a master; PackageError where it is none."""
     try:
         model = onnx.load_from_string(master)
     except Exception as error:  # protobuf raises its own type, which differs between its implementations
@@ -72,7 +74,8 @@ def _parse(master: bytes) -> onnx.ModelProto:
                 f"the ONNX graph holds an operator that no package has: {node.domain}:{node.op_type}"
             )
     inputs = [i.name for i in graph.input]
-    if set(inputs) - set(INPUTS) or tuple(o.name for o in graph.output) != OUTPUTS:
+    answers = tuple(o.name for o in graph.output if not o.name.startswith(FEATURES))
+    if set(inputs) - set(INPUTS) or answers != OUTPUTS:
         outputs = [o.name for o in graph.output]
         raise PackageError(f"the ONNX graph maps {inputs} to {outputs}, not a frame to {list(OUTPUTS)}")
     if any(t.data_location == TensorProto.EXTERNAL or t.external_data for t in graph.initializer):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.variant import CAMERAS
 
 if TYPE_CHECKING:
     from qdbev_ros.core.pipeline import Engine
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 EXAMPLE = """example:
   qdbev eval nano.qdbev data/town --version v1.0-trainval --split val --json score.json
   qdbev eval base.safetensors /data/nuscenes --version v1.0-trainval --split val --results out/base.json
+  qdbev eval nano.qdbev data/town --version v1.0-trainval --split val --without CAM_BACK --json without_back.json
 With --results an evaluation that was stopped goes on after its last whole scene."""
 
 
@@ -35,6 +37,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "model", type=Path, help=".qdbev package, or .safetensors checkpoint (float or quantised)"
     )
     add_data_arguments(parser)
+    parser.add_argument(
+        "--backend", default="auto", help="engine of a package: auto, onnxruntime, openvino or tensorrt"
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=CAMERAS,
+        metavar="CAMERA",
+        help="evaluate as if this camera were lost in every frame; repeatable",
+    )
     parser.add_argument(
         "--results",
         type=Path,
@@ -68,10 +81,11 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(
             f"{args.dataroot} {args.version} {args.split} has no annotations; give --results FILE"
         )
-    engine = open_engine(args.model)
+    engine = open_engine(args.model, args.backend)
     results, per_frame = _detect(args, engine, scenes)
     timing = "" if per_frame is None else f", {per_frame * 1e3:.0f} ms a frame"
-    print(f"{args.model}, {args.dataroot} {args.version} {args.split}{timing}")
+    lost = f" without {', '.join(args.without)}" if args.without else ""
+    print(f"{args.model}, {args.dataroot} {args.version} {args.split}{lost}{timing}")
     if args.results:
         print(f"wrote {args.results}")
     if not annotated:
@@ -80,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     score = official_score(args.dataroot, args.version, args.split, results)
     if args.json:
         data = {"model": args.model.name, "version": args.version, "split": args.split}
+        if args.without:
+            data["without"] = args.without
         write_json(args.json, data | score.to_dict() | {"seconds_per_frame": per_frame})
     print(score.text())
     return 0
@@ -97,10 +113,12 @@ def _detect(
     if args.results:
         digest = hashlib.sha256(args.model.read_bytes()).hexdigest()
         where = {"data root": str(args.dataroot.resolve()), "version": args.version}
-        finished = FinishedScenes(args.results, {"model": digest} | where)
+        if args.without:
+            where["list of lost cameras"] = " ".join(args.without)
+        finished = FinishedScenes(args.results, {"model": digest, "engine": args.backend} | where)
     left = sum(len(f) for name, f in scenes.items() if finished is None or name not in finished.scenes)
     start = time.monotonic()
-    results = detect(engine, scenes, finished)
+    results = detect(engine, scenes, finished, args.without)
     seconds = time.monotonic() - start
     if finished is not None:
         write_results(args.results, results)

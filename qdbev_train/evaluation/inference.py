@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from qdbev_train.evaluation.finished import FinishedScenes
 from qdbev_train.evaluation.results import Entry, result_entries
 
 
-def open_engine(model: Path) -> Engine:
-    """A .qdbev package in its inference engine, or a .safetensors checkpoint in PyTorch."""
+def open_engine(model: Path, backend: str = "auto") -> Engine:
+    """A .qdbev package in an inference engine, or a .safetensors checkpoint in PyTorch, which knows no backends."""
     if not model.is_file():
         raise DataError(f"{model}: no such file; give a .qdbev package or a .safetensors checkpoint")
     if model.suffix == ".qdbev":
         from qdbev_ros.engine import load_package
 
-        return load_package(model)
+        return load_package(model, backend)
     if model.suffix in (".safetensors", ".pth", ".pt", ".ckpt"):  # the last three are refused with advice
         from qdbev_train.evaluation.torch_engine import TorchEngine
 
@@ -33,9 +33,12 @@ def open_engine(model: Path) -> Engine:
 
 
 def detect(
-    engine: Engine, scenes: Mapping[str, Sequence[Frame]], finished: FinishedScenes | None = None
+    engine: Engine,
+    scenes: Mapping[str, Sequence[Frame]],
+    finished: FinishedScenes | None = None,
+    without: Collection[str] = (),
 ) -> dict[str, list[Entry]]:
-    """Result entries of every frame by sample token; each scene begins without memory.
+    """Result entries of every frame by sample token; each scene begins without memory. Cameras in `without` are lost.
 
     Scenes that are in `finished` are taken from there, the others are added to it.
     """
@@ -48,7 +51,7 @@ def detect(
         for name in [name for name in scenes if name not in by_scene]:
             entries = by_scene[name] = {}
             for frame in scenes[name]:
-                boxes = pipeline.run(pipeline_frame(frame)).boxes
+                boxes = pipeline.run(pipeline_frame(frame, without)).boxes
                 entries[frame.sample_token] = result_entries(
                     frame.sample_token, boxes, frame.lidar2ego, frame.ego2global
                 )
@@ -58,9 +61,10 @@ def detect(
     return {token: entries for name in scenes for token, entries in by_scene[name].items()}
 
 
-def pipeline_frame(frame: Frame) -> PipelineFrame:
-    """The frame as the pipeline takes it, with the bytes of its pictures."""
-    cameras = {c.calibration.name: CameraFrame(c.read(), c.calibration, c.ego2global) for c in frame.cameras}
+def pipeline_frame(frame: Frame, without: Collection[str] = ()) -> PipelineFrame:
+    """The frame as the pipeline takes it, with the bytes of its pictures; cameras in `without` are left out."""
+    used = [c for c in frame.cameras if c.calibration.name not in without]
+    cameras = {c.calibration.name: CameraFrame(c.read(), c.calibration, c.ego2global) for c in used}
     return PipelineFrame(
         frame.stamp_ns, cameras, frame.ego2global, frame.lidar2ego, frame.scene, frame.can_dynamics
     )

@@ -148,5 +148,5 @@ def test_a_deformable_convolutions_grid_sample_becomes_gathers_too() -> None:
 
 def test_a_grid_sample_of_another_kind_is_refused_rather_than_changed() -> None:
     model = grid_sample_model(mode="linear", padding_mode="zeros", align_corners=1)
-    with pytest.raises(PackageError, match="taps.*GridSample"):
+    with pytest.raises(PackageError, match=r"taps.*GridSample"):
         gather_grid_samples(Graph(model))

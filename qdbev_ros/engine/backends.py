@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engine a package runs on. Each backend is imported only where it is wanted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qdbev_ros.core.errors import EngineError
+from qdbev_ros.engine.cache import EngineKey, cpu_name
+from qdbev_ros.engine.package import Package
+from qdbev_ros.engine.runner import Runner
+from qdbev_ros.engine.stage_outputs import with_stage_outputs
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A runner, what its verdict is kept under, and why this one, for the description."""
+
+    runner: Runner
+    key: EngineKey
+    why: str = ""
+
+
+def check_backend(backend: str, threads: int | None) -> None:
+    """Raises EngineError for a name that is none, or a number of threads that cannot run anything."""
+    if backend not in BACKENDS:
+        raise EngineError(f"unknown engine {backend!r}; use one of {', '.join(BACKENDS)}")
+    if threads is not None and threads < 1:
+        raise EngineError(f"{threads} threads cannot run anything; use 1 or more")
+
+
+def open_runner(package: Package, backend: str, threads: int | None) -> Opened:
+    """The package on a backend. "auto": TensorRT, then ONNX Runtime."""
+    if backend != "auto":
+        return _OPEN[backend](package, threads)
+    from qdbev_ros.engine.cuda import missing
+
+    # What is missing is a reason to take the next engine. What is there and does not work is none: on a vehicle with a
+    # GPU nobody wants to find out by the frame rate.
+    reason = missing()
+    if reason is None:
+        opened = _tensorrt(package, threads)
+        why = ", taken because it is the fastest"
+    else:
+        opened = _onnxruntime(package, threads)
+        why = f", because TensorRT is out: {reason}"
+    LOG.info("engine: %s%s", opened.runner.description, why)
+    return Opened(opened.runner, opened.key, why)
+
+
+def _onnxruntime(package: Package, threads: int | None) -> Opened:
+    try:
+        import onnxruntime
+
+        from qdbev_ros.engine.onnxruntime_runner import OnnxRuntimeRunner
+    except ImportError as error:
+        raise EngineError(
+            f"the onnxruntime engine needs onnxruntime and onnx (pip install): {error}"
+        ) from error
+    runner = OnnxRuntimeRunner(with_stage_outputs(package.model), threads)
+    # The description tells whether the deformable kernel could be built.
+    return Opened(runner, _cpu_key(package, "onnxruntime", onnxruntime.__version__, runner.description))
+
+
+def _openvino(package: Package, threads: int | None) -> Opened:
+    try:
+        import openvino
+
+        from qdbev_ros.engine.openvino_runner import OpenVinoRunner
+    except ImportError as error:
+        raise EngineError(
+            f"the openvino engine needs OpenVINO (pip install -r requirements/openvino.txt): {error}"
+        ) from error
+    runner = OpenVinoRunner(with_stage_outputs(package.model), threads)
+    return Opened(runner, _cpu_key(package, "openvino", openvino.__version__, runner.description))
+
+
+def _tensorrt(package: Package, threads: int | None) -> Opened:
+    from qdbev_ros.engine.cuda import Cuda, missing
+
+    reason = missing()
+    if reason is not None:
+        raise EngineError(f"the tensorrt engine cannot run here: {reason}")
+    from qdbev_ros.engine.tensorrt_engine import open_tensorrt
+
+    runner, key = open_tensorrt(package, Cuda())
+    return Opened(runner, key)
+
+
+def _cpu_key(package: Package, backend: str, version: str, settings: str) -> EngineKey:
+    return EngineKey(package.sha256, backend, version, cpu_name(), settings)
+
+
+_OPEN: dict[str, Callable[[Package, int | None], Opened]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "tensorrt": _tensorrt,
+}
+BACKENDS = ("auto", *_OPEN)
