@@ -27,6 +27,7 @@ def deformable_attention(value: Tensor, sizes: list[MapSize], locations: Tensor,
     if torch.onnx.is_in_onnx_export():
         # Plain numbers: the tracer's own would make the maps' sizes part of the graph.
         shape = (
+            len(value),
             value.shape[2],
             value.shape[3],
             locations.shape[-2],
@@ -39,22 +40,21 @@ def deformable_attention(value: Tensor, sizes: list[MapSize], locations: Tensor,
 class _MarkedSampling(torch.autograd.Function):
     """The same, exported as one node `qdbev::DeformableSampling` that every engine replaces by its own form.
 
-    shape: heads, D, P, then height and width of every level.
+    shape: B, heads, D, P, then height and width of every level.
     """
 
     @staticmethod
     def forward(
         ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shape: tuple[int, ...]
     ) -> Tensor:
-        sizes = list(zip(shape[3::2], shape[4::2], strict=True))
+        sizes = list(zip(shape[4::2], shape[5::2], strict=True))
         return grid_samples(value, sizes, locations, weights)
 
     @staticmethod
     def symbolic(g: Any, value: Any, locations: Any, weights: Any, shape: tuple[int, ...]) -> Any:
-        heads, depth, points, *sizes = shape
+        batch, heads, depth, points, *sizes = shape
         named = {"heads_i": heads, "depth_i": depth, "points_i": points, "sizes_i": sizes}
         sampled = g.op("qdbev::DeformableSampling", value, locations, weights, **named)
-        batch = value.type().sizes()[0]
         return sampled.setType(value.type().with_sizes([batch, None, heads * depth]))
 
 
