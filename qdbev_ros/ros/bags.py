@@ -28,7 +28,9 @@ class BagReader:
             self._reader = AnyReader([self.path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
             self._reader.open()
         except (AnyReaderError, OSError, ValueError, IndexError, TypeError) as error:
-            raise DataError(f"bag {self.path} cannot be read: {' '.join(str(error).split())}") from error
+            text = " ".join(str(error).split())
+            hint = "; if Foxglove's tools wrote it: qdbev import-foxglove" if "Profile" in text else ""
+            raise DataError(f"bag {self.path} cannot be read: {text}{hint}") from error
 
     def __enter__(self) -> BagReader:
         return self

@@ -20,6 +20,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("dataroot", type=Path, help="folder that holds the tables' folder and samples/")
     parser.add_argument("out", type=Path, metavar="OUT.mcap", help="the bag; replaced if it exists")
     parser.add_argument("--scene", required=True, help="name of the scene, for example scene-0916")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="RIG.yaml", help="also write the rig's calibration file"
+    )
     parser.add_argument("--version", default="v1.0-mini", help="folder of the tables (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -30,6 +33,11 @@ def run(args: argparse.Namespace) -> int:
 
     frames = load_scenes(args.dataroot, args.version, scenes=[args.scene])[args.scene]
     count = write_bag(frames, args.out)
+    if args.calibration:
+        from qdbev_ros.ros.calibration_file import write_calibration
+
+        cameras = {camera.calibration.name: camera.calibration for camera in frames[0].cameras}
+        write_calibration(args.calibration, cameras, frames[0].lidar2ego)
     size = args.out.stat().st_size / 1e6
     print(f"{args.out}: {args.scene}, {len(frames)} frames, {count} messages, {size:.1f} MB")
     return 0

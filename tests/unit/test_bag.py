@@ -17,6 +17,7 @@ from qdbev_ros.core.geometry import CameraCalibration, Pose
 from qdbev_ros.core.pose_buffer import TransformTree
 from qdbev_ros.core.projection import lidar_to_image
 from qdbev_ros.core.variant import CAMERAS
+from qdbev_ros.ros.calibration_file import load_calibration
 from qdbev_train.bags.writer import write_bag
 from qdbev_train.cli import main
 from qdbev_train.data.tables import load_scenes
@@ -159,6 +160,20 @@ def test_the_command_writes_a_bag_and_says_what_is_in_it(
     assert main(["bag", str(small_root), "--scene", "scene-0916", str(out)]) == 0
     assert "scene-0916, 4 frames" in capsys.readouterr().out
     assert out.stat().st_size > 10_000
+
+
+def test_the_command_writes_the_rigs_calibration_file(small_root: Path, frames: Any, tmp_path: Path) -> None:
+    arguments = ["bag", str(small_root), "--scene", "scene-0103", str(tmp_path / "out.mcap")]
+    assert main([*arguments, "--calibration", str(tmp_path / "rig.yaml")]) == 0
+    rig = load_calibration(tmp_path / "rig.yaml")
+    for camera in frames[0].cameras:
+        name = camera.calibration.name
+        np.testing.assert_allclose(rig.intrinsics[name].matrix, camera.calibration.intrinsics)
+        np.testing.assert_allclose(
+            rig.extrinsics[name].matrix(), camera.calibration.sensor2ego.matrix(), atol=1e-12
+        )
+    assert rig.model is not None
+    np.testing.assert_allclose(rig.model.matrix(), frames[0].lidar2ego.matrix(), atol=1e-12)
 
 
 def test_a_missing_picture_is_named_and_leaves_no_half_bag(frames: Any, tmp_path: Path) -> None:

@@ -205,6 +205,13 @@ def test_files_of_other_kinds_are_refused_with_the_reason(
     assert error.count("\n") == 1
 
 
+def test_a_command_that_wants_a_ros_bag_says_how_to_make_one(
+    drive: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(write_protobuf(drive[:20], tmp_path / "in.mcap"))]) == 2
+    assert "qdbev import-foxglove" in capsys.readouterr().err
+
+
 def test_a_file_without_pictures_is_refused_with_its_schemas(
     drive: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
