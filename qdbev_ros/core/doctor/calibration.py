@@ -107,7 +107,11 @@ def _check_geometry(camera: CameraSeen, info: InfoSeen) -> Iterator[Finding]:
     """K as the node uses it: P's where that is set."""
     k = _effective(info)
     across, down = 2 * k[0, 2] / info.width, 2 * k[1, 2] / info.height
-    if abs(across - 1) > SCALE_OFF and abs(down - 1) > SCALE_OFF and abs(across - down) < 0.15:
+    if (
+        abs(across - 1) > SCALE_OFF
+        and abs(down - 1) > SCALE_OFF
+        and abs(across - down) < 0.15 * max(across, down)
+    ):
         scale = (across + down) / 2
         guess = f"{info.width * scale:.0f}x{info.height * scale:.0f}"
         yield Finding(
