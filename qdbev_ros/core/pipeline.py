@@ -54,7 +54,7 @@ class Engine(Protocol):
 
     def infer(
         self,
-        images: NDArray[np.float32] | NDArray[np.uint8],  # (6, 3, H, W) padded; normalised, or codes
+        images: NDArray[Any],  # (6, 3, H, W) padded; normalised float32, or uint8 codes
         lidar2img: NDArray[np.float32],  # (6, 4, 4) at the network's input scale; zeros for an absent camera
         can_bus: NDArray[np.float32],  # (18,) deltas applied
         prev_bev: NDArray[np.float32] | None,  # (cells, C) as the last call returned it

@@ -74,7 +74,7 @@ class Cuda:
         """An array that the device can copy from and to without the CPU. It lives until `free_pinned`."""
         count = int(np.prod(shape))
         address = int(self._call("cudaHostAlloc", max(count * kind.itemsize, 1), 0))
-        content = (ctypes.c_char * (count * kind.itemsize)).from_address(address)
+        content: Any = (ctypes.c_char * (count * kind.itemsize)).from_address(address)
         return np.frombuffer(content, kind, count).reshape(shape)
 
     def free_pinned(self, array: NDArray[Any]) -> None:

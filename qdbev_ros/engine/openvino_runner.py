@@ -14,6 +14,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from qdbev_ros.core.errors import EngineError
+from qdbev_ros.core.preprocess import PictureGrid
 from qdbev_ros.engine.lowering import lower_u8, quantised_convolutions
 from qdbev_ros.engine.sampling import inline_samplings
 
@@ -25,7 +26,7 @@ class OpenVinoRunner:
 
     turns_memory = False
     stage_outputs = True
-    picture_grid = None
+    picture_grid: PictureGrid | None = None
 
     def __init__(self, master: bytes, threads: int | None) -> None:
         lowered = inline_samplings(lower_u8(master))
@@ -48,7 +49,8 @@ class OpenVinoRunner:
         self._inputs = [i.get_any_name() for i in compiled.inputs]
         self._outputs = [o.name for o in lowered.graph.output]
         version = ov.get_version().split("-")[0]
-        self.description = f"OpenVINO {version}, CPU, {threads or 'all'} threads, {self.integer_convolutions} int8 convolutions"
+        count = f"{self.integer_convolutions} int8 convolutions"
+        self.description = f"OpenVINO {version}, CPU, {threads or 'all'} threads, {count}"
 
     def run(self, tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """One inference. Inputs that the graph does not read are left out."""

@@ -37,7 +37,7 @@ Outputs = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a stage may differ: `spread` by scatter, `shift` by a channel's mean, in parts of its spread."""
+    """The most that a stage may differ: `spread` by scatter, `shift` by a channel's mean, in parts of its size."""
 
     spread: float
     shift: float
@@ -45,8 +45,8 @@ class Limits:
 
 LIMITS = {
     "image features": Limits(0.25, 0.10),
-    "BEV": Limits(0.35, 0.15),
-    "class logits": Limits(0.35, 0.15),
+    "BEV": Limits(0.20, 0.09),
+    "class logits": Limits(0.10, 0.05),
     "boxes": Limits(0.35, 0.15),
 }
 # Networks that double every rounding from layer to layer are allowed this much of what they do to the reference itself.
@@ -57,8 +57,8 @@ CHAOS = 2.0
 class StageResult:
     """How far one stage of one frame is from the reference, and how far it may be.
 
-    spread: root mean square of the difference over that of the reference about its channels' means · shift: the
-    largest difference of a channel's means, over the same
+    spread: root mean square of the difference over that of the reference · shift: the largest difference of a
+    channel's means, over the same
     """
 
     frame: int
@@ -103,7 +103,7 @@ class Verdict:
     def summary(self) -> str:
         """Half a line for descriptions."""
         worst = max(self.results, key=lambda r: r.spread)
-        return f"checked: differs by at most {worst.spread:.1%} of the spread ({worst.stage})"
+        return f"checked: differs by at most {worst.spread:.1%} ({worst.stage})"
 
     def to_dict(self) -> dict[str, Any]:
         return {"results": [asdict(result) for result in self.results]}
@@ -150,7 +150,7 @@ def demand(verdict: Verdict, description: str) -> None:
 def judge(package: Package, engine: Engine, reference: Sequence[Outputs]) -> Verdict:
     """Runs the gate's frames through an engine; its history is the reference's, so that errors don't add up."""
     results = []
-    bev = None
+    bev: NDArray[np.float32] | None = None
     for number, (frame, wanted) in enumerate(zip(gate_frames(package.variant), reference, strict=True)):
         history = None if frame.first else bev
         tensors = engine.tensors(frame.images, frame.lidar2img, frame.can_bus, history)
@@ -209,11 +209,10 @@ def compare(frame: int, wanted: Outputs, got: Outputs) -> list[StageResult]:
 
 
 def _figures(wanted: NDArray[np.float32], got: NDArray[np.float32], own_units: bool) -> tuple[float, float]:
-    """(spread, shift); `own_units`: every channel is measured by its own spread, as metres and logarithms must."""
+    """(spread, shift); `own_units`: every channel is measured by its own size, as metres and logarithms must."""
     if wanted.shape != got.shape:
         return float("nan"), float("nan")
     a, b = (np.moveaxis(x, 1, 0).reshape(x.shape[1], -1).astype(np.float64) for x in (wanted, got))
-    deviation = a.std(axis=1, keepdims=True)
-    unit = deviation if own_units else np.sqrt(np.mean(deviation**2, keepdims=True))
+    unit = np.sqrt(np.mean(a**2, axis=1 if own_units else None, keepdims=True))
     difference = (b - a) / np.maximum(unit, 1e-6)
     return float(np.sqrt(np.mean(difference**2))), float(np.abs(difference.mean(axis=1)).max())

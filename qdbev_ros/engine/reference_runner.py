@@ -10,6 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qdbev_ros.core.errors import EngineError
+from qdbev_ros.core.preprocess import PictureGrid
 from qdbev_ros.engine.onnxruntime_runner import session_options
 
 
@@ -18,7 +19,7 @@ class ReferenceRunner:
 
     turns_memory = False
     stage_outputs = True
-    picture_grid = None
+    picture_grid: PictureGrid | None = None
 
     def __init__(self, master: bytes, threads: int | None) -> None:
         options = session_options(threads)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdbev_ros.core.errors import EngineError
+from qdbev_ros.core.preprocess import PictureGrid
 from qdbev_ros.core.variant import Variant
 from qdbev_ros.engine.cuda import Cuda
 from qdbev_ros.engine.master import FEATURES, OUTPUTS
@@ -59,7 +60,7 @@ class TensorRtRunner:
     """One engine on one GPU. `stage_outputs` gives the stage outputs as well, which the parity gate asks for."""
 
     turns_memory = True
-    picture_grid = None
+    picture_grid: PictureGrid | None = None
     stage_outputs = False
 
     def __init__(self, trt: ModuleType, runtime: Any, engine: Any, cuda: Cuda, variant: Variant) -> None:

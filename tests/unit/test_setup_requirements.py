@@ -33,7 +33,9 @@ def test_every_ros_wheel_is_pinned(file: str) -> None:
     assert not [name for name in ros if name not in PINS]
 
 
-@pytest.mark.parametrize("file", ["node.txt", "test.txt", "rig.txt", "rig-build.txt"])
+@pytest.mark.parametrize(
+    "file", ["node.txt", "test.txt", "rig.txt", "rig-build.txt", "openvino.txt", "tensorrt.txt"]
+)
 def test_pins_lie_within_what_is_asked_for(file: str) -> None:
     for wanted in requirements(file):
         pin = PINS.get(canonicalize_name(wanted.name))

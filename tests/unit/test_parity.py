@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parity gate: honest engines pass, wrong kernels don't start, and the verdict is asked for once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from qdbev_ros.core.errors import EngineError
+from qdbev_ros.engine import backends, load_package, parity, read_package
+from qdbev_ros.engine.engine import Engine
+from qdbev_ros.engine.graph import pack_int4, unpack_int4
+from qdbev_ros.engine.package import Package
+from qdbev_ros.engine.parity import LIMITS, compare, demand, judge, reference_outputs, rounding_alone
+from qdbev_ros.engine.parity_frames import gate_frames
+from qdbev_ros.engine.reference_runner import ReferenceRunner
+from qdbev_ros.engine.stage_outputs import with_stage_outputs
+from tests.small_master import small_master, small_variant, write_small_package
+
+Edit = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Package:
+    write_small_package(tmp_path / "small.qdbev")
+    return read_package(tmp_path / "small.qdbev")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QDBEV_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(t for t in model.graph.initializer if t.name == name)
+
+
+def one_weight(model: onnx.ModelProto) -> None:
+    tensor = initializer(model, "second.w")
+    codes = unpack_int4(tensor).copy()
+    codes[0, 0, 0, 0] = -8 if codes[0, 0, 0, 0] >= 0 else 7
+    tensor.raw_data = pack_int4(codes).raw_data
+
+
+def other_sign(model: onnx.ModelProto) -> None:
+    step = initializer(model, "second.ws")
+    step.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(step), step.name))
+
+
+def other_step(model: onnx.ModelProto) -> None:
+    step = initializer(model, "linear.ws")
+    step.CopyFrom(numpy_helper.from_array(np.float32(2.0) * numpy_helper.to_array(step), step.name))
+
+
+def lost_bias(model: onnx.ModelProto) -> None:
+    bias = initializer(model, "first.b")
+    bias.CopyFrom(numpy_helper.from_array(0 * numpy_helper.to_array(bias), bias.name))
+
+
+def not_a_number(model: onnx.ModelProto) -> None:
+    scale = initializer(model, "rows")
+    scale.CopyFrom(numpy_helper.from_array(np.nan * numpy_helper.to_array(scale), scale.name))
+
+
+def verdict_of(package: Package, edit: Edit | None) -> parity.Verdict:
+    model = onnx.load_from_string(package.model)
+    if edit is not None:
+        edit(model)
+    runner = ReferenceRunner(with_stage_outputs(model.SerializeToString()), 1)
+    return judge(package, Engine(package, runner), reference_outputs(package.model, package, 1))
+
+
+def test_the_reference_agrees_with_itself_to_the_bit(package: Package) -> None:
+    verdict = verdict_of(package, None)
+    assert verdict.passed
+    assert all((r.spread, r.shift) == (0.0, 0.0) for r in verdict.results)
+    stages = {r.stage for r in verdict.results}
+    assert stages == set(LIMITS)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_every_engine_that_runs_here_passes(package: Package, backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="openvino isn't installed")
+    engine = load_package(package.path, backend=backend, threads=1)
+    assert "checked: differs by at most" in engine.description
+
+
+@pytest.mark.parametrize(
+    ("edit", "stage"),
+    [
+        (other_sign, "image features"),
+        (lost_bias, "image features"),
+        (other_step, "class logits"),
+        (not_a_number, "class logits"),
+    ],
+)
+def test_a_wrong_kernel_is_refused_and_its_stage_named(package: Package, edit: Edit, stage: str) -> None:
+    verdict = verdict_of(package, edit)
+    assert not verdict.passed
+    with pytest.raises(EngineError, match=f"must not run: {stage}, frame 0: spread"):
+        demand(verdict, "this engine")
+
+
+def test_one_wrong_weight_in_a_small_network_moves_the_figures(package: Package) -> None:
+    """In one with millions its effect drowns in rounding: the package's hash guards single weights."""
+    verdict = verdict_of(package, one_weight)
+    assert verdict.results[0].stage == "image features"
+    assert verdict.results[0].spread > 0.02
+
+
+def test_nothing_compared_is_no_pass() -> None:
+    with pytest.raises(EngineError, match="nothing was compared"):
+        demand(parity.Verdict(()), "this engine")
+
+
+def test_an_answer_of_another_shape_is_no_pass() -> None:
+    wanted = {"bev": np.ones((4, 2), np.float32), "class_logits": np.ones((4, 2), np.float32)}
+    wanted["boxes"] = wanted["bev"]
+    got = wanted | {"bev": np.ones((2, 4), np.float32)}
+    assert [r.passed for r in compare(0, wanted, got)] == [False, True, True]
+
+
+def test_limits_grow_only_with_what_rounding_does_to_the_reference_itself(package: Package) -> None:
+    reference = reference_outputs(package.model, package, 1)
+    rounding = rounding_alone(package, reference, 1)
+    verdict = verdict_of(package, other_sign).beside(rounding)
+    assert not verdict.passed
+    wild = parity.Verdict(tuple(parity.replace(r, spread=9.0, shift=9.0) for r in rounding.results))
+    assert verdict.beside(wild).passed
+
+
+def test_the_verdict_is_kept_and_found_again(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_package(package.path, backend="onnxruntime", threads=1).description
+    monkeypatch.setattr(parity, "judge", lambda *_: pytest.fail("judged again"))
+    assert load_package(package.path, backend="onnxruntime", threads=1).description == first
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b'{"results": []}', b'{"results": [{"stage": "BEV"}]}'])
+def test_a_damaged_verdict_is_worth_nothing(
+    package: Package, own_cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_package(package.path, backend="onnxruntime", threads=1)
+    (kept,) = own_cache.glob("*/parity.json")
+    kept.write_bytes(content)
+    judged = []
+    real = parity.judge
+    monkeypatch.setattr(parity, "judge", lambda *a: judged.append(1) or real(*a))
+    load_package(package.path, backend="onnxruntime", threads=1)
+    assert judged
+    assert json.loads(kept.read_bytes())["results"]
+
+
+def test_a_refusal_is_not_kept_as_a_pass(
+    package: Package, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.load_from_string(package.model)
+    lost_bias(model)
+    wrong = with_stage_outputs(model.SerializeToString())
+    monkeypatch.setattr(backends, "with_stage_outputs", lambda _: wrong)
+    for _ in range(2):
+        with pytest.raises(EngineError, match="does not compute what the package says"):
+            load_package(package.path, backend="onnxruntime", threads=1)
+    assert not list(own_cache.glob("*/parity.json"))
+
+
+def test_the_frames_are_the_same_every_time_and_look_like_pictures() -> None:
+    one, two = gate_frames(small_variant()), gate_frames(small_variant())
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a.images, b.images)
+    assert one[0].first
+    assert not one[1].first
+    assert np.std(one[0].images) > 0.1
+
+
+def test_feature_maps_become_outputs_behind_the_last_convolutions_quantiser() -> None:
+    model = onnx.load_from_string(with_stage_outputs(small_master()))
+    assert [o.name for o in model.graph.output][3:] == ["image_features_0"]
+    identity = next(n for n in model.graph.node if n.output[0] == "image_features_0")
+    assert identity.input[0] == "half.d"
