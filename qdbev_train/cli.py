@@ -22,6 +22,7 @@ COMMANDS = (
     "qdbev_train.study.command",
     "qdbev_train.released.command",
     "qdbev_train.export.command",
+    "qdbev_train.export.parity_command",
     "qdbev_train.evaluation.command",
     "qdbev_train.evaluation.score_command",
     "qdbev_train.bags.command",
