@@ -98,7 +98,9 @@ def init_deformable(module: nn.Module, heads: int, points: int) -> None:
 
 def pixel_scale(sizes: list[MapSize], like: Tensor) -> Tensor:
     """(levels, 2): (width, height) of each map; offsets in pixels divided by it are fractions of the map."""
-    return torch.tensor([[width, height] for height, width in sizes], dtype=torch.float32, device=like.device)
+    # Plain numbers, so that they are constants of an exported graph.
+    numbers = [[int(width), int(height)] for height, width in sizes]
+    return torch.tensor(numbers, dtype=torch.float32, device=like.device)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class TemporalSelfAttention(nn.Module):
         # The two maps go through the sampling as batch elements: (B, 2, ...) -> (B * 2, ...).
         value = self.value_proj(torch.stack([previous, current], dim=1))
         value = value.reshape(batch * 2, cells, self.heads, channels // self.heads)
-        offsets = offsets.float().permute(0, 3, 1, 2, 4, 5) / pixel_scale([size], bev)[0]
+        offsets = offsets.float().permute(0, 3, 1, 2, 4, 5) / pixel_scale([size], bev)
         locations = history.references[:, :, :, None, None] + offsets
         locations = locations.reshape(batch * 2, cells, self.heads, 1, self.points, 2)
         weights = weights.permute(0, 3, 1, 2, 4).reshape(batch * 2, cells, self.heads, 1, self.points)
@@ -244,7 +246,7 @@ class BevCrossAttention(nn.Module):
         batch, cells, channels = bev.shape
         query = content + position
         offsets = self.sampling_offsets(query).float().reshape(batch, -1, self.heads, 1, self.points, 2)
-        locations = reference[:, :, None, None, None] + offsets / pixel_scale([size], bev)[0]
+        locations = reference[:, :, None, None, None] + offsets / pixel_scale([size], bev)
         weights = self.attention_weights(query).reshape(batch, -1, self.heads, 1, self.points).softmax(-1)
         value = self.value_proj(bev).reshape(batch, cells, self.heads, channels // self.heads)
         sampled = deformable_attention(value, [size], locations, weights)

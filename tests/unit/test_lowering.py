@@ -102,6 +102,48 @@ def test_a_rectifier_that_the_codes_repeat_is_dropped_and_any_other_is_kept() ->
     assert any(n.input[0] == "first" for n in kept.nodes("Clip"))
 
 
+def linear_and_division(divisor: np.ndarray) -> onnx.ModelProto:
+    """x (3, 4) -> a quantised linear layer with six columns -> (3, 3, 2) -> divided by a constant."""
+    random = np.random.default_rng(1)
+    constants = {
+        "step": np.float32(0.05),
+        "zero": np.uint8(128),
+        "weight": random.integers(-8, 8, (4, 6)).astype(np.int8),
+        "weight_step": random.uniform(0.02, 0.05, 6).astype(np.float32),
+        "bias": random.normal(size=6).astype(np.float32),
+        "shape": np.array([3, 3, 2]),
+        "divisor": divisor,
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "step", "zero"], ["rounded"]),
+        helper.make_node("DequantizeLinear", ["weight", "weight_step"], ["plain_weight"], axis=1),
+        helper.make_node("MatMul", ["rounded", "plain_weight"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["linear"]),
+        helper.make_node("Reshape", ["linear", "shape"], ["pairs"]),
+        helper.make_node("Transpose", ["pairs"], ["turned"], perm=[1, 0, 2]),
+        helper.make_node("Div", ["turned", "divisor"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in "xy")
+    tensors = [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()]
+    return helper.make_model(
+        helper.make_graph(nodes, "linear", [x], [y], tensors), opset_imports=[helper.make_opsetid("", 21)]
+    )
+
+
+@pytest.mark.parametrize(("divisor", "divisions"), [([[25.0, 15.0]], 0), ([[[2.0]], [[3.0]], [[5.0]]], 1)])
+def test_a_division_by_width_and_height_goes_into_the_linear_layer_and_any_other_stays(
+    divisor: list[float], divisions: int
+) -> None:
+    model = linear_and_division(np.array(divisor, np.float32))
+    model.ir_version = 10
+    fused = fuse_linears(model)
+    assert [n.op_type for n in fused.graph.node].count("Div") == divisions
+    x = {"x": np.random.default_rng(2).normal(size=(3, 4)).astype(np.float32)}
+    wanted, got = (plain_session(m.SerializeToString()).run(None, x)[0] for m in (model, fused))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_the_lowered_graph_is_the_golden_one() -> None:
     """Reviewed by eye; `QDBEV_WRITE_GOLDEN=1 pytest tests/unit/test_lowering.py` renews it after a wanted change."""
     text = printer.to_text(fuse_linears(lower_u8(small_master()))) + "\n"
