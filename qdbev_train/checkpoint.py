@@ -125,9 +125,11 @@ def load_model(path: str | Path) -> tuple[Any, Variant, dict[str, Any]]:
     variant = Variant.from_dict(metadata["variant"], str(path))
     model = build_model(variant)
     if "quantisation" in metadata:
-        from qdbev_train.quantization import QuantConfig, quantise_model
+        from qdbev_train.quantization import QuantConfig, float_tables, quantise_model
 
-        model = quantise_model(model, QuantConfig.from_dict(metadata["quantisation"]))
+        config = float_tables(QuantConfig.from_dict(metadata["quantisation"]), tensors)
+        metadata["quantisation"] = config.to_dict()
+        model = quantise_model(model, config)
     try:
         load_bevformer_checkpoint(model, tensors)
     except CheckpointError as error:

@@ -133,7 +133,17 @@ def small_master() -> bytes:
 
 def write_small_package(path: object, variant: Variant | None = None) -> str:
     """Writes a package around the small master, of `small_variant` unless told; returns its SHA-256."""
-    grid = {"parameters": 900, "layers": [], "exceptions": [], "float_parameters": []}
+    grid = {
+        "weight_bits": 4,
+        "activation_bits": 6,
+        "parts": ["backbone"],
+        "parameters": 900,
+        "float32_bytes": 3600,
+        "layers": [],
+        "exceptions": [],
+        "float_parameters": [],
+        "left_out": [],
+    }
     return write_package(
         str(path), variant or small_variant(), small_master(), grid, {"steps": 3}, {"nds": 0.5}
     )

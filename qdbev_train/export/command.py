@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qdbev_ros.core.errors import DataError
-
-if TYPE_CHECKING:
-    from qdbev_ros.engine.package import Package
 
 EXPORT_EXAMPLE = """example:
   qdbev eval out/compress/nano_town/model.safetensors data/town --version v1.0-trainval --split val --json score.json
@@ -81,67 +77,12 @@ def _read_scores(path: Path) -> dict[str, Any]:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from qdbev_ros.engine.package import read_package
+    from qdbev_train.export.inspection import as_text, summarise
 
-    package = read_package(args.package)
-    summary = summarise(package)
-    print(_text(package, summary))
+    summary = summarise(read_package(args.package))
+    print(as_text(summary))
     if args.json:
         temporary = args.json.with_name(args.json.name + ".part")
         temporary.write_text(json.dumps(summary, indent=1) + "\n")
         temporary.replace(args.json)
     return 0
-
-
-def summarise(package: Package) -> dict[str, Any]:
-    """What `inspect` tells, as plain data. `bytes_float32` is the size of all parameters as float32."""
-    grid = package.quantisation
-    size = package.path.stat().st_size
-    layers = []
-    for layer in grid["layers"]:
-        # Four bits are packed; everything above is stored as int8.
-        bits = 4 if layer["weight_bits"] <= 4 else 8
-        layers.append(layer | {"bytes": math.ceil(math.prod(layer["shape"]) * bits / 8)})
-    return {
-        "file": str(package.path),
-        "sha256": package.sha256,
-        "bytes": size,
-        "bytes_float32": 4 * grid["parameters"],
-        "variant": package.variant.to_dict(),
-        "quantisation": grid | {"layers": layers},
-        "training": package.training,
-        "scores": package.scores,
-    }
-
-
-def _text(package: Package, summary: dict[str, Any]) -> str:
-    variant, grid = package.variant, summary["quantisation"]
-    ratio = summary["bytes_float32"] / summary["bytes"]
-    image, bev = variant.image, variant.bev
-    lines = [
-        f"{summary['file']}: {variant.name}, {summary['bytes'] / 1e6:.2f} MB, {ratio:.1f} times smaller than float32",
-        f"sha256 {summary['sha256']}",
-        f"pictures {image.width}x{image.height} {image.color}, BEV {bev.width}x{bev.height} over "
-        f"{bev.pc_range[0]:g}..{bev.pc_range[3]:g} m, {variant.transformer.queries} queries, "
-        f"{variant.transformer.encoder_layers}+{variant.transformer.decoder_layers} layers",
-        "",
-        f"{'layer':<78} {'shape':>18} {'W':>2} {'A':>2} {'codes':>9} {'step':>9} {'bytes':>7}",
-    ]
-    for layer in grid["layers"]:
-        low, high = layer["activation_codes"]
-        shape = "x".join(str(n) for n in layer["shape"])
-        lines.append(
-            f"{layer['name']:<78} {shape:>18} {layer['weight_bits']:>2} {layer['activation_bits']:>2} "
-            f"{f'{low}..{high}':>9} {layer['activation_scale']:>9.4g} {layer['bytes']:>7}"
-        )
-    left = sum(math.prod(p["shape"]) for p in grid["float_parameters"])
-    lines += ["", f"float: {left} of {grid['parameters']} parameters", "exceptions to the rule:"]
-    for reason in dict.fromkeys(e["reason"] for e in grid["exceptions"]):
-        names = [e for e in grid["exceptions"] if e["reason"] == reason]
-        bits = f"W{names[0]['weight_bits']}A{names[0]['activation_bits']}"
-        lines.append(f"  {bits}: {reason}: {', '.join(e['name'] for e in names)}")
-    for title in ("training", "scores"):
-        lines += [
-            "",
-            f"{title}: {json.dumps(summary[title], sort_keys=True)}" if summary[title] else f"{title}: none",
-        ]
-    return "\n".join(lines)

@@ -22,11 +22,10 @@ from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.core.projection import visible_cells
 from qdbev_ros.core.variant import CAMERAS, Variant
 from qdbev_ros.engine.graph import Graph, pack_int4
+from qdbev_ros.engine.master import INPUTS, OPSET, OUTPUTS, PRODUCER
 from qdbev_ros.engine.sampling import define_functions
+from qdbev_train.export.biases import derive_bias_steps
 
-OPSET = 21
-INPUTS = ("images", "points", "cells", "slots", "weights", "can_bus", "prev_bev", "shift", "use_prev")
-OUTPUTS = ("class_logits", "boxes", "bev")
 # M and K depend on the rig, everything else on the variant.
 _DYNAMIC = {"points": {2: "M"}, "cells": {2: "M"}, "slots": {2: "K"}, "weights": {2: "K"}}
 
@@ -48,12 +47,15 @@ def export_master(model: nn.Module, variant: Variant) -> bytes:
     """The packed master of a quantised (or float) model in eval mode, as bytes; equal weights give equal bytes."""
     if any(not torch.isfinite(t).all() for t in model.state_dict().values()):
         raise ConfigError("the model holds values that are not finite; was it calibrated?")
-    graph = Graph(onnx.load_from_string(_trace(model, variant)))
+    traced = onnx.load_from_string(_trace(model, variant))
+    _shape_outputs(traced, variant)
+    graph = Graph(traced)
     define_functions(graph)
     _pack(graph)
     graph.merge_duplicates()
     _drop_requantisation(graph)
-    master = graph.finish("qdbev", OPSET, short_names=True)
+    derive_bias_steps(graph)
+    master = graph.finish(PRODUCER, OPSET, short_names=True)
     onnx.checker.check_model(master, full_check=True)
     return master.SerializeToString(deterministic=True)
 
@@ -91,6 +93,15 @@ def _trace(model: nn.Module, variant: Variant) -> bytes:
             dynamo=False,
         )
     return buffer.getvalue()
+
+
+def _shape_outputs(model: onnx.ModelProto, variant: Variant) -> None:
+    """Says what shapes come out: torch does not know, where it does not know an operator on the way."""
+    spec, bev = variant.transformer, variant.bev
+    shapes = ((spec.queries, len(variant.classes)), (spec.queries, 10), (bev.cells, spec.channels))
+    del model.graph.output[:]
+    for name, shape in zip(OUTPUTS, shapes, strict=True):
+        model.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
 
 
 def _pack(graph: Graph) -> None:

@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from qdbev_ros.core.variant import Variant
 from qdbev_ros.engine.package import write_package
 from qdbev_train.export.graph import export_master
+from qdbev_train.model import BEVFormer
 from qdbev_train.quantization.config import QuantConfig
 from qdbev_train.quantization.report import describe
 
 
 def export_package(
-    model: nn.Module,
+    model: BEVFormer,
     variant: Variant,
     config: QuantConfig | None,
     path: str | Path,

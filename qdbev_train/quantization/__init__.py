@@ -6,6 +6,7 @@ from __future__ import annotations
 from qdbev_train.quantization.calibrate import calibrate, post_training_quantise, tune_layers
 from qdbev_train.quantization.config import EXCEPTIONS, PARTS, STRICT, Override, QuantConfig
 from qdbev_train.quantization.model import freeze_ranges, quantise_model, settle_scales
+from qdbev_train.quantization.tables import float_tables
 
 __all__ = [
     "EXCEPTIONS",
@@ -14,6 +15,7 @@ __all__ = [
     "Override",
     "QuantConfig",
     "calibrate",
+    "float_tables",
     "freeze_ranges",
     "post_training_quantise",
     "quantise_model",

@@ -27,12 +27,16 @@ from qdbev_train.quantization.layers import (
 from qdbev_train.quantization.model import quantise_model
 from qdbev_train.quantization.ranges import Histogram, activation_scale
 from qdbev_train.quantization.rounding import input_covariance, round_weights
+from qdbev_train.quantization.tables import TableQuantiser, tables
 
 if TYPE_CHECKING:
     from qdbev_train.data.dataset import Batch
 
 # Frames whose mean outputs are compared, all in one batch: a mean over 16 x 6 pictures is steady enough.
 CORRECTION_FRAMES = 16
+
+
+OnGrid = ActivationQuantiser | QuantisedLayer | TableQuantiser
 
 
 class Frames(Sized, Iterable["Batch"], Protocol):
@@ -53,12 +57,12 @@ def post_training_quantise(model: BEVFormer, frames: Frames, config: QuantConfig
     return model
 
 
-def uncalibrated(model: nn.Module) -> list[ActivationQuantiser | QuantisedLayer]:
+def uncalibrated(model: nn.Module) -> list[OnGrid]:
     """Everything on the grid that has no scale yet."""
     return [
         m
         for m in model.modules()
-        if (isinstance(m, ActivationQuantiser) and bool(m.scale.isnan()))
+        if (isinstance(m, (ActivationQuantiser, TableQuantiser)) and bool(m.scale.isnan().any()))
         or (isinstance(m, QuantisedLayer) and bool(m.weight_scale.isnan().any()))
     ]
 
@@ -93,6 +97,9 @@ def calibrate(model: nn.Module, frames: Frames, config: QuantConfig) -> Kept:
     for module in fresh:
         if isinstance(module, QuantisedLayer):
             module.fit_scale(config.weight_range)
+    for table in tables(model):
+        if table.quantiser in fresh:
+            table.quantiser.fit_scale(table.values, config.weight_range)
     return kept
 
 
@@ -122,9 +129,7 @@ def set_activation_range(quantiser: ActivationQuantiser, config: QuantConfig) ->
 
 
 @torch.no_grad()
-def tune_layers(
-    model: nn.Module, fresh: Sequence[ActivationQuantiser | QuantisedLayer], kept: Kept, config: QuantConfig
-) -> None:
+def tune_layers(model: nn.Module, fresh: Sequence[OnGrid], kept: Kept, config: QuantConfig) -> None:
     """Chooses weight codes by the output's error, and shifts biases so that every channel keeps its mean.
 
     `fresh` is what was just switched on: its layers are tuned, towards what the network computed without it. One pass
@@ -182,7 +187,7 @@ def _joined(kept: Kept) -> tuple[Batch, Tensor | None]:
 @contextmanager
 def in_float(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within, the quantisers and quantised layers among `modules` compute in float, as if nothing were quantised."""
-    switched = [m for m in modules if isinstance(m, (ActivationQuantiser, QuantisedLayer))]
+    switched = [m for m in modules if isinstance(m, OnGrid)]
     before = [m.active for m in switched]
     for module in switched:
         module.active = False

@@ -18,7 +18,7 @@ BITS = (*range(2, 9), FLOAT)
 
 @dataclass(frozen=True)
 class Override:
-    """Layers whose name matches `pattern` (shell style) differ from the rule; weight or activation 32 means float."""
+    """Layers and embeddings whose name matches `pattern` (shell style) differ from the rule; 32 bits mean float."""
 
     pattern: str
     weight: int
@@ -43,6 +43,8 @@ EXCEPTIONS = (
     ),
     Override("*.reference_points", FLOAT, FLOAT, "works on constants: engines compute it once, at load"),
     Override("*.conv_offset", 7, 8, "says where a deformable convolution looks: a pixel's fraction matters"),
+    # Eight bits, because nothing multiplies by it.
+    Override("*.query_embedding", 8, 8, "says where on the map a query looks first: metres at four bits"),
 )
 # What stays out even where every layer is asked for.
 STRICT = tuple(o for o in EXCEPTIONS if o.pattern == "*.reference_points")

@@ -73,7 +73,7 @@ class ActivationQuantiser(nn.Module):
 
     def learn_scale(self) -> None:
         """Makes the scale a parameter, under its name."""
-        _to_parameter(self, "scale")
+        to_parameter(self, "scale")
 
     def extra_repr(self) -> str:
         return f"codes {int(self.low)}..{int(self.high)}, scale {float(self.scale.detach()):.4g}"
@@ -122,7 +122,7 @@ class QuantisedLayer(nn.Module):
 
     def learn_scale(self) -> None:
         """Makes the steps parameters, under their name."""
-        _to_parameter(self, "weight_scale")
+        to_parameter(self, "weight_scale")
 
     def parameters_on_grid(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) as the integer engine has them, or as they are while the layer is inactive."""
@@ -215,7 +215,7 @@ class QuantisedPackedAttention(nn.Module):
         )
 
 
-def _to_parameter(module: nn.Module, name: str) -> None:
+def to_parameter(module: nn.Module, name: str) -> None:
     """Turns a buffer into a parameter under the same key; one that is a parameter already stays."""
     value = getattr(module, name)
     if not isinstance(value, nn.Parameter):

@@ -21,6 +21,7 @@ from qdbev_train.quantization.layers import (
     QuantisedLinear,
     QuantisedPackedAttention,
 )
+from qdbev_train.quantization.tables import TableQuantiser, quantise_tables
 
 SMALLEST = 1e-8  # of a learned scale
 # Where the linears of a part are. The branches belong to the decoder, the can_bus network to the encoder.
@@ -62,6 +63,7 @@ def quantise_model(model: BEVFormer, config: QuantConfig) -> BEVFormer:
     for part in ("encoder", "decoder"):
         if part in config.parts:
             _quantise_linears(model, _LINEARS[part], config)
+    quantise_tables(model, config)
     _share_bev_quantiser(model)
     _set_scales(model, config)
     return model
@@ -97,12 +99,15 @@ def _set_scales(model: BEVFormer, config: QuantConfig) -> None:
     """Makes scales behave in training as `config.scales` says."""
     shared = getattr(model.pts_bbox_head.transformer.encoder, "bev_quantiser", None)
     for module in model.modules():
-        if isinstance(module, (ActivationQuantiser, QuantisedLayer)) and config.scales == "learned":
+        if (
+            isinstance(module, (ActivationQuantiser, QuantisedLayer, TableQuantiser))
+            and config.scales == "learned"
+        ):
             module.learn_scale()
         elif isinstance(module, ActivationQuantiser) and config.scales == "running":
             # The shared one follows the encoder's output alone: elsewhere it sees its own, already cut off.
             module.momentum = 0.0 if module is shared else config.momentum
-        elif isinstance(module, QuantisedLayer) and config.scales == "running":
+        elif isinstance(module, (QuantisedLayer, TableQuantiser)) and config.scales == "running":
             module.follows_weight = True
 
 
@@ -131,7 +136,9 @@ def _quantise_linears(model: nn.Module, patterns: tuple[str, ...], config: Quant
 def settle_scales(model: nn.Module) -> None:
     """After an optimiser's step: learned scales stay above zero, and coarse enough for their biases."""
     for module in model.modules():
-        if isinstance(module, ActivationQuantiser) and isinstance(module.scale, nn.Parameter):
+        if isinstance(module, (ActivationQuantiser, TableQuantiser)) and isinstance(
+            module.scale, nn.Parameter
+        ):
             module.scale.clamp_(min=SMALLEST)
     for module in model.modules():
         if isinstance(module, QuantisedLayer) and isinstance(module.weight_scale, nn.Parameter):
