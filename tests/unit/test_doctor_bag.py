@@ -14,18 +14,17 @@ import numpy as np
 import pytest
 
 from qdbev_ros.core.doctor import diagnose
-from qdbev_ros.core.mcap_file import McapFile
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.observe import best_preset, observe_bag
-from qdbev_train.bags.messages import STORE, TYPES
+from qdbev_train.bags.messages import TYPES
 from qdbev_train.cli import main
+from tests.conventions import Entry, write_bag
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "town.mcap"
 SETS = 10
 FRONT = "/CAM_FRONT/image_rect_compressed"
 FRONT_INFO = "/CAM_FRONT/camera_info"
-Entry = tuple[str, int, Any]  # topic, time of receipt in ns, message
 Fault = Callable[[list[Entry]], list[Entry]]
 
 
@@ -36,16 +35,6 @@ def healthy() -> list[Entry]:
         entries = list(bag.messages(list(bag.types)))
     until = [log for topic, log, _ in entries if topic == FRONT][SETS] - 50_000_000
     return [entry for entry in entries if entry[1] < until and entry[0] != "/annotations"]
-
-
-def write(entries: list[Entry], out: Path) -> Path:
-    bag = McapFile(out)
-    for topic, kind in {topic: message.__msgtype__ for topic, _, message in entries}.items():
-        bag.add_topic(topic, kind, STORE, latched=topic == "/tf_static")
-    for topic, log, message in sorted(entries, key=lambda entry: entry[1]):
-        bag.write(topic, log, bytes(STORE.serialize_cdr(message, message.__msgtype__)))
-    bag.close()
-    return out
 
 
 def stamp(header: Any) -> int:
@@ -295,7 +284,7 @@ COMPANIONS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named_and_no_other(healthy: list[Entry], tmp_path: Path, name: str) -> None:
     fault, code, where = FAULTS[name]
-    bag = write(fault(copy.deepcopy(healthy)), tmp_path / "faulty.mcap")
+    bag = write_bag(fault(copy.deepcopy(healthy)), tmp_path / "faulty.mcap")
     findings = diagnose(observe_bag(bag, None, None)[1]).findings
     assert code in {f.code for f in findings}
     assert {f.code for f in findings} - COMPANIONS.get(name, set()) == {code}
@@ -304,7 +293,7 @@ def test_a_planted_fault_is_named_and_no_other(healthy: list[Entry], tmp_path: P
 
 
 def test_the_slice_that_the_faults_are_planted_in_is_good(healthy: list[Entry], tmp_path: Path) -> None:
-    name, drive = observe_bag(write(healthy, tmp_path / "good.mcap"), None, None)
+    name, drive = observe_bag(write_bag(healthy, tmp_path / "good.mcap"), None, None)
     assert name == "nuscenes"
     assert [len(camera.pictures) for camera in drive.cameras.values()] == [SETS] * 6
     assert diagnose(drive).findings == ()
@@ -313,7 +302,7 @@ def test_the_slice_that_the_faults_are_planted_in_is_good(healthy: list[Entry], 
 def test_stamps_of_the_future_are_told_with_the_offset(healthy: list[Entry], tmp_path: Path) -> None:
     """All clocks of the vehicle two seconds ahead of the recorder's, poses and pictures alike."""
     moved = [(topic, log - 2 * 10**9, message) for topic, log, message in healthy]
-    findings = diagnose(observe_bag(write(moved, tmp_path / "f.mcap"), None, None)[1]).findings
+    findings = diagnose(observe_bag(write_bag(moved, tmp_path / "f.mcap"), None, None)[1]).findings
     assert [(f.code, f.where) for f in findings] == [("stamp-future", camera) for camera in CAMERAS]
     assert "2.000 s ahead" in findings[0].text
 
@@ -322,11 +311,11 @@ def test_pictures_without_a_frame_have_the_presets(healthy: list[Entry], tmp_pat
     entries = copy.deepcopy(healthy)
     for message in images(entries):
         message.header.frame_id = ""
-    assert diagnose(observe_bag(write(entries, tmp_path / "f.mcap"), None, None)[1]).findings == ()
+    assert diagnose(observe_bag(write_bag(entries, tmp_path / "f.mcap"), None, None)[1]).findings == ()
 
 
 def test_good_raw_pictures_are_good(healthy: list[Entry], tmp_path: Path) -> None:
-    name, drive = observe_bag(write(raw("bgr8")(copy.deepcopy(healthy)), tmp_path / "f.mcap"), None, None)
+    name, drive = observe_bag(write_bag(raw("bgr8")(copy.deepcopy(healthy)), tmp_path / "f.mcap"), None, None)
     assert (name, diagnose(drive).findings) == ("raw", ())
 
 
@@ -347,7 +336,7 @@ def test_nothing_is_found_in_the_real_scene(real_frames: Any, tmp_path: Path) ->
 def test_findings_end_in_1_and_are_written_as_json(
     healthy: list[Entry], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bag = write(FAULTS["K of zeros"][0](copy.deepcopy(healthy)), tmp_path / "faulty.mcap")
+    bag = write_bag(FAULTS["K of zeros"][0](copy.deepcopy(healthy)), tmp_path / "faulty.mcap")
     assert main(["doctor", str(bag), "--json", str(tmp_path / "out" / "doctor.json")]) == 1
     out = capsys.readouterr().out
     assert "CAM_FRONT: /CAM_FRONT/camera_info: K has fx = 0, fy = 0: not calibrated\n  do: give" in out
