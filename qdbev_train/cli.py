@@ -26,6 +26,7 @@ COMMANDS = (
     "qdbev_train.evaluation.command",
     "qdbev_train.evaluation.score_command",
     "qdbev_train.bags.command",
+    "qdbev_ros.bench_command",
     "qdbev_ros.doctor_command",
     "qdbev_ros.foxglove_command",
 )
