@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -139,6 +140,25 @@ def test_the_rviz_view_shows_what_the_node_and_the_bag_publish() -> None:
     assert topics == {"/qdbev_detector/markers", "/annotations"} | images
     rviz = bringup._rviz(load_preset("nuscenes"), {})
     assert {old for old, _ in rviz.remappings} == images
+
+
+def test_the_foxglove_layout_shows_what_the_node_and_the_bag_publish() -> None:
+    """Every panel has its settings, and every topic is one of the node's or of preset nuscenes."""
+    layout = json.loads((config_folder() / "foxglove_layout.json").read_text())
+    panels, topics, waiting = set(), set(), [layout["layout"]]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            panels.add(part)
+        else:
+            waiting += [part["first"], part["second"]]
+    assert panels == set(layout["configById"])
+    for panel in layout["configById"].values():
+        topics |= set(panel.get("topics", {})) | set(panel.get("imageMode", {}).values())
+        topics |= {panel["topicToRender"]} if "topicToRender" in panel else set()
+    preset = load_preset("nuscenes")
+    cameras = {*preset.image_topics(), *preset.info_topics()}
+    assert topics == cameras | {"/qdbev_detector/markers", preset.annotations, "/diagnostics"}
 
 
 def test_the_launch_file_declares_nothing_of_its_own() -> None:
