@@ -181,7 +181,7 @@ def _summary(
     latency: dict[str, dict[str, float]] = {}
     for key, value in status.items():
         if key.startswith("latency_ms."):
-            _, stage, percentile = key.split(".")
+            _, stage, percentile = key.split(".", 2)
             latency.setdefault(stage, {})[percentile] = float(value)
     resets = {k.partition(".")[2]: int(v) for k, v in status.items() if k.startswith("memory_resets.")}
     return {

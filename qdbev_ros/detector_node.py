@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node qdbev_detector: six cameras in, 3D boxes out. Wiring only; the work is in `core` and `ros`.
+"""The node qdbev_detector: six cameras in, 3D boxes out. A lifecycle node; the work is in `core` and `ros`.
 
 Example: ros2 run qdbev_ros detector_node --ros-args -p model:=demo/nano.qdbev
 """
@@ -8,149 +8,190 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import threading
 import time
 import traceback
-from pathlib import Path
 
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.node import Node
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+from rclpy.lifecycle import State as LifecycleState
+from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
 from std_srvs.srv import Trigger
 
-from qdbev_ros.core.errors import ConfigError, DataError
-from qdbev_ros.core.latency import StageLatencies
-from qdbev_ros.core.memory import MemoryPolicy
-from qdbev_ros.core.pipeline import CameraFrame, Frame, PictureError, Pipeline
-from qdbev_ros.engine import load_package
-from qdbev_ros.ros.calibration_file import calibration_for
-from qdbev_ros.ros.diagnostics import PipelineReport, camera_status, diagnostic_array, pipeline_status
-from qdbev_ros.ros.inputs import Inputs, Job, picture_of
-from qdbev_ros.ros.outputs import Outputs
-from qdbev_ros.ros.parameters import DetectorParameters, declare
-from qdbev_ros.ros.presets import load_preset
+from qdbev_ros.core.errors import ConfigError, EngineError, QdbevError
+from qdbev_ros.core.health import HealthMonitor, HealthPolicy, State
+from qdbev_ros.ros.detector import Detector
+from qdbev_ros.ros.diagnostics import camera_status, diagnostic_array, pipeline_status, with_input_problems
+from qdbev_ros.ros.parameters import DetectorParameters, changed, declare
 from qdbev_ros.ros.process import run
-from qdbev_ros.ros.throttle import Throttled
-from qdbev_ros.ros.worker import Worker
 
 NODE_NAME = "qdbev_detector"
+DIAGNOSE_S = 0.5
+LOOK_S = 0.1  # a change of state is told at once
 
 
-class Detector:
-    """Inputs -> worker -> pipeline -> outputs, with diagnostics beside them."""
+class DetectorNode(LifecycleNode):
+    """Configured: the model is loaded. Active: pictures are answered. Diagnostics come in every state."""
+
+    def __init__(self) -> None:
+        super().__init__(NODE_NAME)
+        self.parameters = declare(self, DetectorParameters)
+        self.detector: Detector | None = None
+        self.problem: QdbevError | None = None  # why configuring failed
+        self._active = False
+        self._last_model = ""  # hash of the package that was configured before
+        self._memory_resets: dict[str, int] = {}
+        self._monitor = HealthMonitor(self._health_policy())
+        self._told: tuple[State | None, float] = (None, 0.0)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
+        self.create_timer(LOOK_S, self._look)
+        self.create_service(Trigger, "~/reset_memory", self._on_reset)
+        self.add_on_set_parameters_callback(self._on_parameters)
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Loads the model; a failure is told in diagnostics and leaves the node unconfigured."""
+        try:
+            self._configure()
+        except QdbevError as error:
+            self.problem = error
+        except Exception as error:  # an engine's own
+            self.get_logger().error(traceback.format_exc())
+            self.problem = EngineError(f"{self.parameters.model}: {type(error).__name__}: {error}")
+        else:
+            self.problem = None
+        self._monitor.declare_fault(None if self.problem is None else str(self.problem))
+        if self.problem is None:
+            return TransitionCallbackReturn.SUCCESS
+        self.get_logger().error(f"not configured: {self.problem}")
+        return TransitionCallbackReturn.FAILURE
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        if self.detector is None:
+            return TransitionCallbackReturn.FAILURE
+        self._monitor.restart()
+        self.detector.activate()
+        self._active = True
+        engine = self.detector.engine
+        self.get_logger().info(
+            f"ready: {engine.name} on {engine.description}, preset {self.detector.preset.name}"
+        )
+        return super().on_activate(state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._active = False
+        if self.detector is not None:
+            self.detector.deactivate()
+        self._monitor.restart()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.close()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._active = False
+        self.close()
+        return TransitionCallbackReturn.SUCCESS
+
+    def close(self) -> None:
+        """Ends what is configured."""
+        if self.detector is not None:
+            self._memory_resets = self.detector.memory_resets
+            self.detector.close()
+        self.detector = None
+
+    def diagnose(self) -> None:
+        """Publishes the status of the whole and of each camera."""
+        now = time.monotonic()
+        health = self._monitor.check(now)
+        self._told = (health.state, now)
+        cameras = {} if self.detector is None else self.detector.cameras
+        if not self._active and health.state != State.FAULT:
+            health = dataclasses.replace(health, text="the node is not active")
+        else:
+            health = with_input_problems(health, cameras.values(), now)
+        values = {} if self.detector is None else self.detector.values()
+        statuses = [
+            pipeline_status(health, str(values.get("engine", "")), values),
+            *(camera_status(state, now) for state in cameras.values()),
+        ]
+        self._diagnostics.publish(diagnostic_array(self.get_clock().now().to_msg(), statuses))
+
+    def _configure(self) -> None:
+        if not self.parameters.model:
+            raise ConfigError(
+                "parameter model is empty: give a package, e.g. --ros-args -p model:=demo/nano.qdbev"
+            )
+        self.close()
+        self.detector = Detector(self, self.parameters, self._monitor)
+        model = self.detector.engine.sha256
+        self.detector.take_over(self._memory_resets, self._last_model not in ("", model))
+        self._last_model = model
+
+    def _look(self) -> None:
+        """Every 0.1 s: diagnostics when they are due, or the state is another."""
+        state, told = self._told
+        now = time.monotonic()
+        if now - told >= DIAGNOSE_S or self._monitor.check(now).state != state:
+            self.diagnose()
+
+    def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        if self.detector is None:
+            response.success, response.message = False, "the node is not configured: there is no memory"
+        else:
+            self.detector.reset_memory()
+            response.success, response.message = True, "the memory is empty"
+        return response
+
+    def _on_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
+        """Takes live changes, refuses the others with the reason."""
+        names = {item.name for item in dataclasses.fields(DetectorParameters)}
+        changes = {item.name: item.value for item in parameters if item.name in names}
+        try:
+            wanted = changed(self.parameters, changes, configured=self.detector is not None)
+        except ConfigError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        self.parameters = wanted
+        self._monitor.policy = self._health_policy()
+        if self.detector is not None:
+            self.detector.change(wanted)
+        return SetParametersResult(successful=True)
+
+    def _health_policy(self) -> HealthPolicy:
+        return HealthPolicy(stale_after_s=self.parameters.stale_after)
+
+
+class DetectorProcess:
+    """The node as a process: starts itself unless a lifecycle manager is to, ends in order."""
 
     grace_s = 5.0
 
     def __init__(self) -> None:
-        self.node = Node(NODE_NAME)
-        parameters = declare(self.node, DetectorParameters)
-        if not parameters.model:
-            raise ConfigError(
-                "parameter model is empty: give a package, e.g. --ros-args -p model:=demo/nano.qdbev"
-            )
-        preset = load_preset(parameters.preset)
-        parameters = parameters.with_preset(preset)
-        calibration = calibration_for(preset, parameters.calibration)
-        engine = load_package(Path(parameters.model), backend=parameters.engine)
-        policy = MemoryPolicy(parameters.max_gap, parameters.max_speed)
-        self._pipeline = Pipeline(engine, policy, parameters.decode_threads)
-        self._lock = threading.Lock()  # the pipeline and its memory
-        self._bridge = None
-        if preset.image_type == "raw":
-            from cv_bridge import CvBridge
-
-            self._bridge = CvBridge()
-        self._report = PipelineReport(engine.description, engine.name, engine.sha256)
-        self._latencies = StageLatencies()
-        self._error = Throttled(self.node.get_logger().error)
-        self._outputs = Outputs(self.node, parameters, engine.name)
-        self._worker: Worker[Job] = Worker(self._process, parameters.queue_size)
-        self._inputs = Inputs(self.node, parameters, preset, calibration, self._worker.submit)
-        self._diagnostics = self.node.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
-        self.node.create_timer(1.0, self._diagnose)
-        self.node.create_service(Trigger, "~/reset_memory", self._on_reset)
-        self.node.get_logger().info(f"ready: {engine.name} on {engine.description}, preset {preset.name}")
+        self.node = DetectorNode()
+        if not self.node.parameters.autostart:
+            return
+        self.node.trigger_configure()
+        if self.node.problem is not None:
+            raise self.node.problem
+        self.node.trigger_activate()
 
     def finished(self) -> bool:
         return False
 
     def idle(self) -> bool:
-        """Sets that are complete are answered before the node goes."""
-        return self._inputs.pending == 0 and self._worker.idle()
+        """Sets that are there are answered before the node goes."""
+        return self.node.detector is None or self.node.detector.idle()
 
     def close(self) -> None:
-        self._worker.close()
-        self._diagnose()
-        self._pipeline.close()
-
-    def _process(self, job: Job) -> None:
-        """One set, in the worker's thread. Whatever goes wrong costs this set and is told."""
-        started = time.monotonic()
-        try:
-            frame = self._frame(job)
-            with self._lock:
-                result = self._pipeline.run(frame)
-            computed = time.monotonic()
-            self._outputs.publish(job.stamp_ns, result.boxes, list(job.cameras), result.memory)
-        except PictureError as error:
-            state = self._inputs.cameras[error.camera]
-            state.picture_failed(str(error))
-            self._report.dropped["picture"] += 1
-            self._error(f"picture {error.camera}", f"set dropped: {state.image_topic}: {error}")
-            return
-        except Exception as error:  # the thread must go on, whatever an engine raises
-            self._report.dropped["failure"] += 1
-            self._report.last_error = f"{type(error).__name__}: {error}"
-            self._error("failure", f"set dropped:\n{traceback.format_exc()}")
-            return
-        now = time.monotonic()
-        stages = {"wait": started - job.arrived, "publish": now - computed, "total": now - job.arrived}
-        self._latencies.add(result.milliseconds | {stage: seconds * 1e3 for stage, seconds in stages.items()})
-        for name in job.cameras:
-            self._inputs.cameras[name].picture_error = None
-        report = self._report
-        report.last_error, report.spread_s = None, job.spread_s
-        report.memory_age, report.memory_gap_s = result.memory.age, result.memory.gap_s
-        report.sets_answered += 1
-
-    def _frame(self, job: Job) -> Frame:
-        cameras = {}
-        for name, camera in job.cameras.items():
-            try:
-                picture = picture_of(camera.message, self._bridge)
-            except DataError as error:
-                raise PictureError(name, str(error)) from error
-            cameras[name] = CameraFrame(picture, camera.calibration, camera.ego2global)
-        return Frame(job.stamp_ns, cameras, job.ego2global, job.lidar2ego)
-
-    def _diagnose(self) -> None:
-        now = time.monotonic()
-        cameras = self._inputs.cameras
-        statuses = [
-            pipeline_status(
-                self._full_report(), cameras, self._inputs.sync.counters, self._pipeline.memory.resets.copy(),
-                self._latencies.percentiles(50, 99), now,
-            ),
-            *(camera_status(state, now) for state in cameras.values()),
-        ]  # fmt: skip
-        self._diagnostics.publish(diagnostic_array(self.node.get_clock().now().to_msg(), statuses))
-
-    def _full_report(self) -> PipelineReport:
-        """The report with the sets that never reached the pipeline."""
-        dropped = self._report.dropped + self._inputs.dropped
-        if self._worker.dropped:
-            dropped["queue"] = self._worker.dropped
-        return dataclasses.replace(self._report, dropped=dropped)
-
-    def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        with self._lock:
-            self._pipeline.memory.reset("service")
-        response.success, response.message = True, "the memory is empty"
-        return response
+        if self.node.detector is not None:
+            self.node.detector.finish()
+        self.node.diagnose()
+        self.node.close()
 
 
 def main() -> int:
-    return run("detector_node", Detector)
+    return run("detector_node", DetectorProcess)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdbev_ros.core.ego_motion import EgoState, can_bus_vector, dynamics_from_poses
-from qdbev_ros.core.geometry import Array, Pose
+from qdbev_ros.core.geometry import Array, CameraCalibration, Pose
 from qdbev_ros.core.variant import TemporalSpec
 
 
@@ -41,15 +42,21 @@ class TemporalMemory:
 
     def __init__(self, temporal: TemporalSpec, policy: MemoryPolicy | None = None) -> None:
         self._temporal = temporal
-        self._policy = policy or MemoryPolicy()
+        self.policy = policy or MemoryPolicy()
         self._previous: EgoState | None = None
         self._scene: str | None = None
         self._bev: NDArray[np.float32] | None = None
         self._age = 0
+        self._forgotten: str | None = None  # why something was forgotten since the last step
         self.resets: dict[str, int] = {}
 
     def reset(self, reason: str) -> None:
-        """Forgets everything; `reason` is counted in `resets`. Forgetting nothing counts as well: it was asked for."""
+        """Forgets everything; `reason` is counted in `resets`, and told by the next step if there was a past.
+
+        Forgetting nothing counts as well: it was asked for.
+        """
+        if self._previous is not None:
+            self._forgotten = reason
         self._previous, self._bev, self._age = None, None, 0
         self.resets[reason] = self.resets.get(reason, 0) + 1
 
@@ -64,6 +71,7 @@ class TemporalMemory:
         reason = self._reason_to_forget(stamp_ns, pose, scene)
         if reason is not None:
             self.reset(reason)
+        reset, self._forgotten = self._forgotten, None
         previous = self._previous
         gap = 0.0 if previous is None else (stamp_ns - previous.stamp_ns) * 1e-9
         if self._temporal.dynamics == "can" and can_dynamics is not None:
@@ -77,7 +85,7 @@ class TemporalMemory:
         self._previous, self._scene = current, scene
         history = self._bev if has_history else None
         self._bev = None
-        return MemoryInput(can_bus, history, self._age if has_history else 0, gap, reason)
+        return MemoryInput(can_bus, history, self._age if has_history else 0, gap, reset)
 
     def store(self, bev: NDArray[np.float32]) -> None:
         """Keeps the map (cells, C) of the frame that `step` announced."""
@@ -92,9 +100,42 @@ class TemporalMemory:
         gap = (stamp_ns - self._previous.stamp_ns) * 1e-9
         if gap <= 0:
             return "time_back"
-        if gap > self._policy.max_gap_s:
+        if gap > self.policy.max_gap_s:
             return "gap"
         distance = float(np.linalg.norm(pose.translation - self._previous.pose.translation))
-        if distance > self._policy.max_speed * gap:
+        if distance > self.policy.max_speed * gap:
             return "ego_jump"
         return None
+
+
+class CalibrationWatch:
+    """Notices that the rig's calibration changed while driving: a map made with the old one fits no more."""
+
+    max_shift = 0.01  # metres, and as a fraction of the focal length; less is a mount that shakes
+    max_turn = 0.002  # of a rotation matrix' entries, about a tenth of a degree
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Array, Array]] = {}  # name -> pose (4, 4) and intrinsics (3, 3)
+
+    def changed(self, cameras: Mapping[str, CameraCalibration], lidar2ego: Pose) -> str | None:
+        """What differs from the last set that had it: a camera's name, or "model frame"; None where nothing does."""
+        now = {
+            name: (camera.sensor2ego.matrix(), camera.intrinsics / camera.width)
+            for name, camera in cameras.items()
+        }
+        now["model frame"] = (lidar2ego.matrix(), np.eye(3))
+        different = [
+            name for name, entry in now.items() if name in self._known and self._differs(name, entry)
+        ]
+        # Kept as it was where nothing changed: otherwise a slow drift would never be noticed.
+        for name, entry in now.items():
+            if name not in self._known or different:
+                self._known[name] = entry
+        return different[0] if different else None
+
+    def _differs(self, name: str, entry: tuple[Array, Array]) -> bool:
+        (pose, k), (known_pose, known_k) = entry, self._known[name]
+        shift = float(np.linalg.norm(pose[:3, 3] - known_pose[:3, 3]))
+        turn = float(np.abs(pose[:3, :3] - known_pose[:3, :3]).max())
+        focal = float(np.abs(k - known_k).max() / known_k[0, 0])
+        return shift > self.max_shift or turn > self.max_turn or focal > self.max_shift

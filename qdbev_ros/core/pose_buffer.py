@@ -14,11 +14,15 @@ MAX_POSES = 4096
 
 
 class TransformUnavailable(QdbevError):
-    """A transform cannot be given. `wait` says whether it may still arrive; the text names the frames."""
+    """A transform cannot be given; the text names the frames.
 
-    def __init__(self, text: str, wait: bool) -> None:
+    `wait` says whether it may still arrive, `late_s` by how many seconds the newest one is too old; 0: there is none.
+    """
+
+    def __init__(self, text: str, wait: bool, late_s: float = 0.0) -> None:
         super().__init__(text)
         self.wait = wait
+        self.late_s = late_s
 
 
 @dataclass
@@ -53,7 +57,7 @@ class PoseTrack:
             return self.poses[index]
         if index == len(self.stamps):
             late = (stamp_ns - self.stamps[-1]) * 1e-9
-            raise TransformUnavailable(f"the newest {name} is {late:.3f} s older than asked for", wait=True)
+            raise TransformUnavailable(f"the newest {name} is {late:.3f} s older than asked for", True, late)
         if index == 0:
             early = (self.stamps[0] - stamp_ns) * 1e-9
             raise TransformUnavailable(

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 PATIENCE = 2  # sets that a camera may miss and still be waited for
 JUMP_BACK_NS = 300_000_000  # a camera's stamps that step back further are another time, no reordering
-SILENT_S = 1.0  # a camera without pictures for longer, and for three of its periods, delivers no more
+FIRST_PERIOD_S, LONGEST_PERIOD_S = 1.0, 3.0  # taken for a camera's period while it is unknown, and at most
 
 
 class Stamped(NamedTuple, Generic[T]):
@@ -95,13 +95,21 @@ class _Camera(Generic[T]):
     used: int | None = None  # stamp in the last set
     missed: int = 0  # sets in a row
     arrived_s: float | None = None
-    interval_s: float = 0.0  # between the last two arrivals
+    period_s: float = (
+        FIRST_PERIOD_S  # between arrivals: the longest of late, for they come in bunches at times
+    )
 
     def count_until(self, stamp_ns: int) -> int:
         return bisect_right(self.waiting, stamp_ns, key=lambda image: image.stamp_ns)
 
-    def delivers(self, now_s: float) -> bool:
-        return self.arrived_s is not None and now_s - self.arrived_s <= max(SILENT_S, 3 * self.interval_s)
+    def arrive(self, now_s: float) -> None:
+        if self.arrived_s is not None:
+            self.period_s = min(max(now_s - self.arrived_s, 0.8 * self.period_s), LONGEST_PERIOD_S)
+        self.arrived_s = now_s
+
+    def delivers(self, now_s: float, deadline_s: float) -> bool:
+        """Whether its next picture is not overdue by more than the deadline and half a period."""
+        return self.arrived_s is not None and now_s - self.arrived_s <= 1.5 * self.period_s + deadline_s
 
 
 class Synchroniser(Generic[T]):
@@ -148,9 +156,7 @@ class Synchroniser(Generic[T]):
         """Takes one picture; returns the sets that it completed, and those that expired."""
         self.counters.received += 1
         state = self._states[camera]
-        if state.arrived_s is not None:
-            state.interval_s = now_s - state.arrived_s
-        state.arrived_s = now_s
+        state.arrive(now_s)
         image = Stamped(stamp_ns, payload, now_s)
         if self._steps_back(state, stamp_ns):
             self._hold_back(state, image, now_s)
@@ -194,8 +200,7 @@ class Synchroniser(Generic[T]):
         insort(state.stepped_back, image, key=lambda kept: kept.stamp_ns)
         self._bound(state.stepped_back)
         back = {name for name, other in self._states.items() if other.stepped_back}
-        delivering = sum(other.delivers(now_s) for other in self._states.values())
-        if 2 * len(back) <= delivering:
+        if 2 * len(back) <= self._delivering(now_s):
             return
         held = {name: self._states[name].stepped_back for name in self.cameras if name in back}
         newest_held = max(images[-1].stamp_ns for images in held.values())
@@ -288,8 +293,7 @@ class Synchroniser(Generic[T]):
         stamps = {i.stamp_ns for s in self._states.values() for i in s.waiting if pivot <= i.stamp_ns <= last}
         windows = [self._newest_until(stamp) for stamp in sorted(stamps)]
         chosen = max(windows, key=len)  # the earliest of the fullest
-        delivering = sum(state.delivers(now_s) for state in self._states.values())
-        if 2 * len(chosen) <= delivering:
+        if 2 * len(chosen) <= self._delivering(now_s):
             for state in self._states.values():
                 kept = [image for image in state.waiting if image.stamp_ns != pivot]
                 self._drop("stray", len(state.waiting) - len(kept))
@@ -298,6 +302,10 @@ class Synchroniser(Generic[T]):
         for name, image in chosen.items():
             self._states[name].waiting.remove(image)
         return [self._emit(chosen)]
+
+    def _delivering(self, now_s: float) -> int:
+        """How many cameras deliver."""
+        return sum(state.delivers(now_s, self.settings.deadline_s) for state in self._states.values())
 
     def _emit(self, chosen: dict[str, Stamped[T]]) -> FrameSet[T]:
         """The set of pictures already taken from the waiting ones; decides every stamp up to its reference."""

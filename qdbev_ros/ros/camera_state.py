@@ -5,22 +5,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import numpy as np
 
 from qdbev_ros.core.geometry import Array
+from qdbev_ros.core.health import Level
 
 MIN_STALE_S = 1.0  # a camera is never called silent sooner
-
-
-class Level(IntEnum):
-    """As in diagnostic_msgs/DiagnosticStatus."""
-
-    OK = 0
-    WARN = 1
-    ERROR = 2
-    STALE = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,8 @@ class CameraState:
     intrinsics: Intrinsics | None = None
     info_error: str | None = None  # why the last CameraInfo cannot be used
     picture_error: str | None = None  # why the last picture could not be used
+    left_out: str | None = None  # why the last answer had to do without this camera
+    sets_without: int = 0  # answers that had to
     images: int = 0
     picture_errors: int = 0
     arrivals: deque[float] = field(default_factory=lambda: deque(maxlen=30))
@@ -53,6 +46,14 @@ class CameraState:
     def picture_failed(self, text: str) -> None:
         self.picture_errors += 1
         self.picture_error = text
+
+    def answered(self, left_out: str | None) -> None:
+        """A set was answered, without this camera where `left_out` says why."""
+        self.left_out = left_out
+        if left_out is None:
+            self.picture_error = None
+        else:
+            self.sets_without += 1
 
     def rate(self) -> float:
         """Pictures a second over the last ones; 0 while unknown."""
@@ -77,6 +78,8 @@ class CameraState:
         age, rate = self.age(now), self.rate()
         if age is not None and age > max(MIN_STALE_S, 3 / rate if rate else MIN_STALE_S):
             return Level.STALE, f"{self.image_topic} has been silent for {age:.1f} s"
+        if self.left_out is not None:
+            return Level.WARN, f"{self.image_topic}: left out of the last answer: {self.left_out}"
         return Level.OK, "delivers pictures"
 
 

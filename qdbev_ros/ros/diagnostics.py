@@ -4,31 +4,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+from qdbev_ros.core.health import Health, Level, State
 from qdbev_ros.core.synchroniser import SyncCounters
-from qdbev_ros.ros.camera_state import CameraState, Level
+from qdbev_ros.ros.camera_state import CameraState
 
 PIPELINE = "qdbev_detector: pipeline"  # name of the status of the whole
 CAMERA = "qdbev_detector: camera "  # and of a camera, followed by its name
+PERCENTILES = (50.0, 99.0, 99.9)
 
 
 @dataclass
 class PipelineReport:
-    """What the detector says about itself. Written by the inference thread, read once a second."""
+    """What the detector counts. Written by the inference thread, read by diagnostics."""
 
-    engine: str
-    package: str
-    sha256: str
     sets_answered: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # reason -> complete sets without an answer
+    sets_degraded: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> sets without an answer
     memory_age: int = 0
     memory_gap_s: float = 0.0
     spread_s: float = 0.0
-    last_error: str | None = None
 
 
 def camera_status(state: CameraState, now: float) -> DiagnosticStatus:
@@ -41,50 +40,52 @@ def camera_status(state: CameraState, now: float) -> DiagnosticStatus:
         "rate_hz": f"{state.rate():.2f}",
         "age_s": "never" if age is None else f"{age:.2f}",
         "picture_errors": state.picture_errors,
+        "sets_without": state.sets_without,
         "calibrated": state.intrinsics is not None,
     }
     return _status(CAMERA + state.name, level, text, state.name, values)
 
 
-def pipeline_status(
+def pipeline_status(health: Health, hardware: str, values: Mapping[str, object]) -> DiagnosticStatus:
+    """The whole; `values` are of pipeline_values where the node is configured."""
+    return _status(PIPELINE, health.level, health.text, hardware, {"state": health.state.value, **values})
+
+
+def pipeline_values(
     report: PipelineReport,
-    cameras: Mapping[str, CameraState],
     sync: SyncCounters,
     memory_resets: Mapping[str, int],
     latencies: Mapping[str, tuple[float, ...]],
-    now: float,
-) -> DiagnosticStatus:
-    """The whole. latencies: stage -> (p50, p99) in milliseconds."""
-    level, text = Level.OK, "running"
-    problems = [
-        text for state in cameras.values() for worst, text in [state.status(now)] if worst != Level.OK
-    ]
-    if len(problems) > 2:
-        problems = [problems[0], f"and {len(problems) - 1} more cameras"]
-    if report.last_error is not None:
-        level, text = Level.ERROR, report.last_error
-    elif problems:
-        level, text = Level.WARN, "waiting: " + "; ".join(problems)
-    elif not report.sets_answered:
-        level, text = Level.WARN, "no set answered yet"
+) -> dict[str, object]:
+    """Every counter. latencies: stage -> milliseconds at PERCENTILES."""
     values: dict[str, object] = {
-        "engine": report.engine,
-        "package": report.package,
-        "package_sha256": report.sha256,
         "sets_complete": sync.complete_sets,
         "sets_incomplete": sync.incomplete_sets,
         "sets_answered": report.sets_answered,
+        "sets_degraded": report.sets_degraded,
         "set_spread_ms": f"{report.spread_s * 1e3:.1f}",
         "memory_age": report.memory_age,
         "memory_gap_s": f"{report.memory_gap_s:.3f}",
+        "pictures_reordered": sync.reordered,
     }
     values |= {f"sets_dropped.{reason}": n for reason, n in report.dropped.items()}
     values |= {f"pictures_dropped.{reason}": n for reason, n in sync.dropped.items()}
     values |= {f"sync_resets.{reason}": n for reason, n in sync.resets.items()}
     values |= {f"memory_resets.{reason}": n for reason, n in memory_resets.items()}
-    for stage, (p50, p99) in latencies.items():
-        values |= {f"latency_ms.{stage}.p50": f"{p50:.2f}", f"latency_ms.{stage}.p99": f"{p99:.2f}"}
-    return _status(PIPELINE, level, text, report.engine, values)
+    for stage, milliseconds in latencies.items():
+        for percentile, value in zip(PERCENTILES, milliseconds, strict=True):
+            values[f"latency_ms.{stage}.p{percentile:g}"] = f"{value:.2f}"
+    return values
+
+
+def with_input_problems(health: Health, cameras: Iterable[CameraState], now: float) -> Health:
+    """While nothing is answered, what the cameras lack says more than the state alone."""
+    if health.state not in (State.WAITING, State.STALE):
+        return health
+    problems = [text for state in cameras for level, text in [state.status(now)] if level > Level.WARN]
+    if len(problems) > 2:
+        problems = [problems[0], f"and {len(problems) - 1} more cameras"]
+    return Health(health.state, "; ".join([health.text, *problems]))
 
 
 def _status(

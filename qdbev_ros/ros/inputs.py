@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,11 +17,12 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from tf2_msgs.msg import TFMessage
 
 from qdbev_ros.core.encodings import encoding_problem
-from qdbev_ros.core.errors import CalibrationError, DataError
-from qdbev_ros.core.geometry import CameraCalibration, Pose
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.geometry import Pose
 from qdbev_ros.core.pose_buffer import TransformTree, TransformUnavailable
 from qdbev_ros.core.synchroniser import FrameSet, Synchroniser, SyncSettings
 from qdbev_ros.core.variant import CAMERAS
+from qdbev_ros.ros.assembly import Assembler, Frames, Job
 from qdbev_ros.ros.calibration_file import RigCalibration
 from qdbev_ros.ros.camera_state import CameraState, check_intrinsics
 from qdbev_ros.ros.messages import pose_from_message, pose_from_transform, stamp_to_ns
@@ -32,27 +32,6 @@ from qdbev_ros.ros.throttle import Throttled
 
 MAX_PENDING = 20  # sets that wait for transforms or calibrations
 TICK_S = 0.02  # how often deadlines are looked at
-
-
-@dataclass(frozen=True)
-class CameraJob:
-    """One camera's message with its calibration and the vehicle's pose at the message's stamp."""
-
-    message: Any  # sensor_msgs/CompressedImage or Image
-    calibration: CameraCalibration
-    ego2global: Pose
-
-
-@dataclass(frozen=True)
-class Job:
-    """A complete set with every pose it needs. `arrived` is when its last picture came (monotonic seconds)."""
-
-    stamp_ns: int
-    spread_s: float
-    cameras: dict[str, CameraJob]
-    ego2global: Pose
-    lidar2ego: Pose
-    arrived: float
 
 
 class Inputs:
@@ -65,47 +44,67 @@ class Inputs:
         preset: TopicPreset,
         calibration: RigCalibration,
         on_job: Callable[[Job], None],
+        on_refusal: Callable[[str, str], None],
     ) -> None:
+        """on_job takes each set that can be answered, on_refusal(kind, text) hears of each that cannot."""
+        self._node = node
         self._parameters = parameters
         self._on_job = on_job
+        self._on_refusal = on_refusal
         self._preset = preset
         self._calibration = calibration  # what a calibration file gives wins over the topics
         self.cameras = {c: CameraState(c, preset.image_topic(c), preset.info_topic(c)) for c in CAMERAS}
         for camera, intrinsics in calibration.intrinsics.items():
             self.cameras[camera].intrinsics = intrinsics
-        settings = SyncSettings(
-            parameters.max_spread, parameters.sync_deadline, anchor=parameters.sync_anchor
-        )
-        self.sync: Synchroniser[Any] = Synchroniser(CAMERAS, settings)
+        self.sync: Synchroniser[Any] = Synchroniser(CAMERAS, _sync_settings(parameters))
         self.tree = TransformTree()
-        self.dropped: Counter[str] = Counter()  # reason -> complete sets that never became a job
+        frames = Frames(parameters.fixed_frame, parameters.base_frame, parameters.model_frame)
+        self._assembler = Assembler(
+            self.tree, self.cameras, frames, calibration, self._picture_frame, parameters.tf_timeout
+        )
         self._pending: deque[tuple[FrameSet[Any], float]] = deque()
         self._warn = Throttled(node.get_logger().warning)
-        self._subscribe(node, preset)
-        node.create_timer(TICK_S, self._tick)
+        self._subscriptions: list[Any] = []
+        self._subscribe(preset)
+        self._timer = node.create_timer(TICK_S, self._tick)
 
     @property
     def pending(self) -> int:
-        """Complete sets that wait for transforms or calibrations."""
+        """Sets that wait for transforms or calibrations."""
         return len(self._pending)
 
-    def _subscribe(self, node: Node, preset: TopicPreset) -> None:
+    def configure(self, parameters: DetectorParameters) -> None:
+        """Takes changed parameters, of which only live ones may differ."""
+        self._parameters = parameters
+        self.sync.configure(_sync_settings(parameters))
+        self._assembler.timeout_s = parameters.tf_timeout
+
+    def close(self) -> None:
+        """Ends all subscriptions."""
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+        self._node.destroy_timer(self._timer)
+
+    def _subscribe(self, preset: TopicPreset) -> None:
         kind = CompressedImage if preset.image_type == "compressed" else Image
         reliable = self._parameters.image_reliability == "reliable"
         reliability = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
         images = QoSProfile(depth=10, reliability=reliability)
         infos = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
         for camera, state in self.cameras.items():
-            node.create_subscription(kind, state.image_topic, partial(self._on_image, camera), images)
+            self._listen(kind, state.image_topic, partial(self._on_image, camera), images)
             if camera not in self._calibration.intrinsics:
-                node.create_subscription(CameraInfo, state.info_topic, partial(self._on_info, camera), infos)
+                self._listen(CameraInfo, state.info_topic, partial(self._on_info, camera), infos)
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        node.create_subscription(TFMessage, "/tf_static", self._on_tf_static, latched)
+        self._listen(TFMessage, "/tf_static", self._on_tf_static, latched)
         if self._parameters.ego_motion == "tf":
-            node.create_subscription(TFMessage, "/tf", self._on_tf, QoSProfile(depth=200))
+            self._listen(TFMessage, "/tf", self._on_tf, QoSProfile(depth=200))
         else:
             quality = QoSProfile(depth=200, reliability=ReliabilityPolicy.BEST_EFFORT)
-            node.create_subscription(Odometry, preset.odometry, self._on_odometry, quality)
+            self._listen(Odometry, preset.odometry, self._on_odometry, quality)
+
+    def _listen(self, kind: Any, topic: str, callback: Callable[[Any], None], quality: QoSProfile) -> None:
+        self._subscriptions.append(self._node.create_subscription(kind, topic, callback, quality))
 
     def _on_info(self, camera: str, message: CameraInfo) -> None:
         state = self.cameras[camera]
@@ -126,8 +125,9 @@ class Inputs:
         if self.sync.counters.resets["time_back"] > jumps:
             self._warn("time_back", f"time went back on {self.cameras[camera].image_topic}: starting anew")
             self.tree.forget_after(stamp)
-            self.dropped["time_back"] += len(self._pending)
-            self._pending.clear()
+            while self._pending:
+                self._pending.popleft()
+                self._on_refusal("time_back", "time went back")
         self._take(sets, now)
 
     def _tick(self) -> None:
@@ -136,16 +136,10 @@ class Inputs:
 
     def _take(self, sets: list[FrameSet[Any]], now: float) -> None:
         """Queues new sets and works off what can be."""
-        for images in sets:
-            if images.missing:
-                topics = ", ".join(self.cameras[c].image_topic for c in images.missing)
-                self._warn("incomplete", f"no picture in time on {topics}: set dropped")
-                self.dropped["incomplete"] += 1
-            else:
-                self._pending.append((images, now))
+        self._pending += [(images, now) for images in sets]
         while len(self._pending) > MAX_PENDING:
             self._pending.popleft()
-            self.dropped["transform"] += 1
+            self._refuse("transform", f"{MAX_PENDING} younger sets wait for transforms already")
         self._pump()
 
     def _on_tf(self, message: TFMessage) -> None:
@@ -189,57 +183,33 @@ class Inputs:
     def _pump(self) -> None:
         """Turns waiting sets into jobs, oldest first, as far as their transforms and calibrations are there."""
         while self._pending:
-            images, arrived = self._pending[0]
-            patient = time.monotonic() - arrived < self._parameters.tf_timeout
+            images, since = self._pending[0]
             try:
-                job = self._assemble(images, arrived)
+                job = self._assembler.assemble(images, time.monotonic() - since)
             except TransformUnavailable as error:
-                if error.wait and patient:
-                    return
-                self.dropped["transform"] += 1
-                self._warn("transform", f"set dropped: {error}")
-            except CalibrationError as error:
-                # A camera's first pictures may overtake its first CameraInfo: topics are not ordered among each other.
-                if patient and all(state.info_error is None for state in self.cameras.values()):
-                    return
-                self.dropped["calibration"] += 1
-                self._warn("calibration", f"set dropped: {error}")
-            else:
                 self._pending.popleft()
-                self._on_job(job)
+                self._refuse("transform", str(error))
                 continue
+            if job is None:
+                return
             self._pending.popleft()
+            for camera, reason in job.missing.items():
+                topic = self.cameras[camera].image_topic
+                self._warn(f"missing {camera}", f"camera {camera} is left out: {topic}: {reason}")
+            if job.ego_problem is not None:
+                self._warn("ego motion", f"no ego motion, so no memory: {job.ego_problem}")
+            self._on_job(job)
 
-    def _assemble(self, images: FrameSet[Any], arrived: float) -> Job:
-        fixed, base = self._parameters.fixed_frame, self._parameters.base_frame
-        cameras = {}
-        for name, (stamp, message, _) in images.images.items():
-            state = self.cameras[name]
-            if state.intrinsics is None:
-                problem = f" ({state.info_error})" if state.info_error else ""
-                raise CalibrationError(f"no usable CameraInfo on {state.info_topic}{problem}")
-            sensor2ego = self._sensor_pose(name, message.header.frame_id, stamp)
-            calibration = CameraCalibration(
-                name, state.intrinsics.matrix, state.intrinsics.width, state.intrinsics.height, sensor2ego
-            )  # fmt: skip
-            cameras[name] = CameraJob(message, calibration, self.tree.lookup(fixed, base, stamp))
-        reference = images.stamp_ns
-        return Job(
-            reference, images.spread_s, cameras, self.tree.lookup(fixed, base, reference),
-            self._calibration.model
-            or self.tree.lookup(base, self._parameters.model_frame, reference, rigid=True), arrived,
-        )  # fmt: skip
+    def _refuse(self, kind: str, text: str) -> None:
+        self._warn(kind, f"set dropped: {text}")
+        self._on_refusal(kind, text)
 
-    def _sensor_pose(self, camera: str, header_frame: str, stamp_ns: int) -> Pose:
-        """Camera -> vehicle: the calibration file's, else that of the frame which the picture names."""
-        if camera in self._calibration.extrinsics:
-            return self._calibration.extrinsics[camera]
-        frame = self._preset.image_frame(camera, header_frame)
-        if not self.tree.has(frame):
-            topic = self.cameras[camera].image_topic
-            text = f"no transform names {frame!r}, the frame of the pictures on {topic}"
-            raise TransformUnavailable(text, wait=True)
-        return self.tree.lookup(self._parameters.base_frame, frame, stamp_ns, rigid=True)
+    def _picture_frame(self, camera: str, message: Any) -> str:
+        return self._preset.image_frame(camera, message.header.frame_id)
+
+
+def _sync_settings(parameters: DetectorParameters) -> SyncSettings:
+    return SyncSettings(parameters.max_spread, parameters.sync_deadline, anchor=parameters.sync_anchor)
 
 
 def picture_of(message: Any, bridge: Any) -> memoryview | np.ndarray[Any, np.dtype[np.uint8]]:

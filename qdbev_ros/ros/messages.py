@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,24 +73,36 @@ def detection_array(header: Header, boxes: Boxes) -> Detection3DArray:
     return message
 
 
-def object_array(
-    kinds: Any,
-    header: Header,
-    boxes: Boxes,
-    model: str,
-    used: list[str],
-    missing: list[str],
-    memory: MemoryInput,
-) -> Any:
-    """Boxes as qdbev_msgs/DetectedObjectArray; `kinds` is the module qdbev_msgs.msg."""
-    message = kinds.DetectedObjectArray(
-        header=header, model=model, cameras_used=used, cameras_missing=missing, memory_age=memory.age,
-        memory_gap=float(memory.gap_s),
+@dataclass(frozen=True)
+class Answer:
+    """What became of one set. missing: camera -> why it is left out; ego_problem: why motion is unknown, or None."""
+
+    stamp_ns: int
+    spread_s: float
+    boxes: Boxes
+    used: tuple[str, ...]
+    missing: Mapping[str, str]
+    ego_problem: str | None
+    memory: MemoryInput
+
+    def lacking(self) -> tuple[str, ...]:
+        """All that it had to do without; empty: nothing."""
+        cameras = tuple(f"camera {camera}: {reason}" for camera, reason in self.missing.items())
+        return cameras if self.ego_problem is None else (*cameras, f"no ego motion: {self.ego_problem}")
+
+
+def object_array(kinds: Any, header: Header, boxes: Boxes, model: str, answer: Answer) -> Any:
+    """`boxes`, chosen from the answer's, as qdbev_msgs/DetectedObjectArray; `kinds` is the module qdbev_msgs.msg."""
+    kind, memory = kinds.DetectedObjectArray, answer.memory
+    message = kind(
+        header=header, model=model, cameras_used=list(answer.used), cameras_missing=list(answer.missing),
+        missing_reasons=list(answer.missing.values()), set_spread=answer.spread_s,
+        ego_motion=answer.ego_problem is None, memory_age=memory.age, memory_gap=float(memory.gap_s),
+        memory_reset_reason=memory.reset or "",
     )  # fmt: skip
-    remembered = (
-        kinds.DetectedObjectArray.MEMORY_TRACKING if memory.age else kinds.DetectedObjectArray.MEMORY_EMPTY
-    )
-    message.memory_state = kinds.DetectedObjectArray.MEMORY_RESET if memory.reset else remembered
+    message.state = kind.STATE_DEGRADED if answer.lacking() else kind.STATE_RUNNING
+    remembered = kind.MEMORY_TRACKING if memory.age else kind.MEMORY_EMPTY
+    message.memory_state = kind.MEMORY_RESET if memory.reset else remembered
     for index in range(len(boxes)):
         vx, vy = (float(v) for v in boxes.velocities[index])
         label = int(boxes.labels[index])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,9 +22,10 @@ def parameter(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    live: bool = False,
 ) -> Any:
-    """A dataclass field that is a ROS parameter. Numbers need `low` and `high`."""
-    metadata = {"text": text, "low": low, "high": high, "choices": choices}
+    """A dataclass field that is a ROS parameter. Numbers need `low` and `high`; `live` ones may change any time."""
+    metadata = {"text": text, "low": low, "high": high, "choices": choices, "live": live}
     return field(default=default, metadata=metadata)
 
 
@@ -48,27 +50,46 @@ class DetectorParameters:
         "QoS of the image subscriptions; reliable needs a publisher that offers it",
         choices=("best_effort", "reliable"),
     )
-    max_spread: float = parameter(0.06, "seconds between the oldest and newest picture of a set", 0.001, 1.0)
+    max_spread: float = parameter(
+        0.06, "seconds between the oldest and newest picture of a set", 0.001, 1.0, live=True
+    )
     sync_deadline: float = parameter(
-        0.1, "seconds that the first picture of a set waits for the others", 0.01, 10.0
+        0.1, "seconds that the first picture of a set waits for the others", 0.01, 10.0, live=True
     )
     sync_anchor: str = parameter(
-        CAMERAS[0], "camera around whose pictures incomplete sets are made", choices=CAMERAS
+        CAMERAS[0], "camera around whose pictures incomplete sets are made", choices=CAMERAS, live=True
     )
     tf_timeout: float = parameter(
-        0.5, "seconds that a complete set waits for transforms and CameraInfo", 0.0, 10.0
+        0.5, "seconds that a set waits for transforms and CameraInfo", 0.0, 10.0, live=True
     )
+    missing_cameras: str = parameter(
+        "mask",
+        "what a set without some camera gets: mask, an answer from the others, or skip, none",
+        choices=("mask", "skip"),
+        live=True,
+    )
+    min_cameras: int = parameter(3, "cameras without which a set is not answered", 1, len(CAMERAS), live=True)
     queue_size: int = parameter(
-        1, "sets that may wait for the engine; the oldest goes first when full", 1, 1000
+        1, "sets that may wait for the engine; the oldest goes first when full", 1, 1000, live=True
     )
     decode_threads: int = parameter(2, "threads that decode pictures", 1, 64)
-    max_gap: float = parameter(2.0, "seconds without a set after which the memory is forgotten", 0.01, 60.0)
-    max_speed: float = parameter(
-        60.0, "m/s; a vehicle that moved faster has jumped: memory is forgotten", 1.0, 1000.0
+    max_gap: float = parameter(
+        2.0, "seconds without a set after which the memory is forgotten", 0.01, 60.0, live=True
     )
-    score_threshold: float = parameter(0.0, "lowest score in ~/detections and ~/objects", 0.0, 1.0)
-    max_detections: int = parameter(300, "most boxes in ~/detections and ~/objects, best first", 1, 300)
-    display_threshold: float = parameter(0.3, "lowest score in ~/markers", 0.0, 1.0)
+    max_speed: float = parameter(
+        60.0, "m/s; a vehicle that moved faster has jumped: memory is forgotten", 1.0, 1000.0, live=True
+    )
+    stale_after: float = parameter(
+        1.0, "seconds without an answer after which the state is stale", 0.05, 60.0, live=True
+    )
+    score_threshold: float = parameter(0.0, "lowest score in ~/detections and ~/objects", 0.0, 1.0, live=True)
+    max_detections: int = parameter(
+        300, "most boxes in ~/detections and ~/objects, best first", 1, 300, live=True
+    )
+    display_threshold: float = parameter(0.3, "lowest score in ~/markers", 0.0, 1.0, live=True)
+    autostart: bool = parameter(
+        True, "configure and activate at the start; false: a lifecycle manager does it"
+    )
 
     def with_preset(self, preset: TopicPreset) -> DetectorParameters:
         """The same with the preset's names where these are empty. Raises ConfigError without an odometry topic."""
@@ -112,8 +133,9 @@ class RecorderParameters:
 
 
 def declare(node: Any, kind: type[P]) -> P:
-    """Declares every parameter of `kind` on a rclpy node (read-only) and returns the values.
+    """Declares every parameter of `kind` on a rclpy node and returns the values.
 
+    They are read-only where none is live; else whoever declares them must answer changes, with `changed`.
     Raises ConfigError that names the parameter.
     """
     from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -127,11 +149,12 @@ def declare(node: Any, kind: type[P]) -> P:
         float: Parameter.Type.DOUBLE,
     }
     values = {}
+    read_only = not any(item.metadata["live"] for item in dataclasses.fields(kind))  # type: ignore[arg-type]
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         default = getattr(kind(), item.name)
         meta = item.metadata
         descriptor = ParameterDescriptor(
-            description=meta["text"], read_only=True, type=types[type(default)].value
+            description=meta["text"], read_only=read_only, type=types[type(default)].value
         )
         if isinstance(default, float):
             descriptor.floating_point_range = [
@@ -145,7 +168,29 @@ def declare(node: Any, kind: type[P]) -> P:
             raise ConfigError(
                 f"parameter {item.name} ({meta['text']}): {' '.join(str(error).split())}"
             ) from error
-        value = values[item.name]
-        if meta["choices"] and value not in meta["choices"]:
-            raise ConfigError(f"parameter {item.name} is {value!r}; use one of {', '.join(meta['choices'])}")
+        _check_choice(item, values[item.name])
     return kind(**values)
+
+
+def changed(
+    current: DetectorParameters, changes: Mapping[str, Value], configured: bool
+) -> DetectorParameters:
+    """`current` with `changes`, whose types and ranges ROS has checked. Raises ConfigError where one is not legal, or
+    cannot change while the node is `configured`.
+    """
+    for item in dataclasses.fields(current):
+        if item.name not in changes or changes[item.name] == getattr(current, item.name):
+            continue
+        if configured and not item.metadata["live"]:
+            raise ConfigError(
+                f"parameter {item.name} cannot change while the node is configured: clean it up, set it, configure "
+                "again (ros2 lifecycle set NODE deactivate, cleanup; ros2 param set; configure, activate)"
+            )
+        _check_choice(item, changes[item.name])
+    return DetectorParameters(**{**dataclasses.asdict(current), **changes})
+
+
+def _check_choice(item: Any, value: Value) -> None:
+    choices = item.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"parameter {item.name} is {value!r}; use one of {', '.join(choices)}")

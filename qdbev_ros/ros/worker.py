@@ -16,7 +16,7 @@ class Worker(Generic[T]):
 
     def __init__(self, work: Callable[[T], None], queue_size: int) -> None:
         self._work = work
-        self._queue_size = queue_size
+        self.queue_size = queue_size
         self._jobs: deque[T] = deque()
         self._changed = threading.Condition()
         self._busy = False
@@ -29,7 +29,7 @@ class Worker(Generic[T]):
         """Queues a job; the oldest waiting one goes when the queue is full."""
         with self._changed:
             self._jobs.append(job)
-            if len(self._jobs) > self._queue_size:
+            if len(self._jobs) > self.queue_size:
                 self._jobs.popleft()
                 self.dropped += 1
             self._changed.notify()

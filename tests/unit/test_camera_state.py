@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qdbev_ros.ros.camera_state import CameraState, Intrinsics, Level, check_intrinsics
+from qdbev_ros.core.health import Level
+from qdbev_ros.ros.camera_state import CameraState, Intrinsics, check_intrinsics
 
 K = np.array([1266.0, 0, 800, 0, 1260, 450, 0, 0, 1])
 P = np.array([1200.0, 0, 790, 0, 0, 1200, 440, 0, 0, 0, 1, 0])
@@ -69,3 +70,16 @@ def test_a_damaged_picture_is_told_until_a_good_one(state: CameraState) -> None:
     state.picture_failed("no JPEG")
     assert state.status(0.1) == (Level.ERROR, "/front/image: no JPEG")
     assert state.picture_errors == 1
+
+
+def test_a_camera_that_was_left_out_is_told_until_it_is_used_again(state: CameraState) -> None:
+    state.intrinsics = Intrinsics(np.eye(3), 10, 10)
+    state.image_arrived(0.0)
+    state.answered("no picture in time")
+    assert state.status(0.1) == (
+        Level.WARN,
+        "/front/image: left out of the last answer: no picture in time",
+    )
+    state.answered(None)
+    assert state.status(0.1)[0] == Level.OK
+    assert state.sets_without == 1

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdbev_ros.core.geometry import Pose
-from qdbev_ros.core.memory import TemporalMemory
+from qdbev_ros.core.geometry import CameraCalibration, Pose, yaw_quaternion
+from qdbev_ros.core.memory import CalibrationWatch, TemporalMemory
 from qdbev_ros.core.variant import load_variant
 
 NANO, TINY = load_variant("nano"), load_variant("tiny")
@@ -78,7 +78,53 @@ def test_a_reset_on_request_forgets_and_is_counted() -> None:
     step = memory.step(3 * SECOND // 2, at(3.0), "drive")
     assert step.prev_bev is None
     assert step.age == 0
+    assert step.reset == "requested"
     assert memory.resets == {"requested": 1}
+    memory.store(MAP)
+    assert memory.step(2 * SECOND, at(4.0), "drive").reset is None
+
+
+def test_a_reset_with_nothing_to_forget_is_counted_but_changes_no_answer() -> None:
+    memory = TemporalMemory(NANO.temporal)
+    memory.reset("requested")
+    assert memory.step(0, at(0.0), "drive").reset is None
+    assert memory.resets == {"requested": 1}
+
+
+def rig(**changes: Any) -> dict[str, CameraCalibration]:
+    """Two cameras; `changes` are for the second."""
+    intrinsics = np.array([[1260.0, 0, 800], [0, 1260, 450], [0, 0, 1]])
+    entry = {"intrinsics": intrinsics, "width": 1600, "height": 900, "sensor2ego": at(1.0)} | changes
+    return {
+        "CAM_FRONT": CameraCalibration("CAM_FRONT", intrinsics, 1600, 900, at(1.5)),
+        "CAM_BACK": CameraCalibration("CAM_BACK", **entry),
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sensor2ego": at(1.02)},
+        {"sensor2ego": Pose(yaw_quaternion(np.radians(0.5)), np.array([1.0, 0, 0]))},
+        {"intrinsics": np.array([[1300.0, 0, 800], [0, 1300, 450], [0, 0, 1]])},
+    ],
+)
+def test_a_camera_that_was_moved_or_zoomed_is_noticed_once(change: dict[str, Any]) -> None:
+    watch = CalibrationWatch()
+    assert watch.changed(rig(), at(0)) is None
+    assert watch.changed(rig(), at(0)) is None
+    assert watch.changed(rig(**change), at(0)) == "CAM_BACK"
+    assert watch.changed(rig(**change), at(0)) is None
+
+
+def test_a_camera_that_comes_and_goes_is_no_change_but_a_creeping_one_is() -> None:
+    watch = CalibrationWatch()
+    assert watch.changed(rig(), at(0)) is None
+    assert watch.changed({}, at(0)) is None
+    assert watch.changed(rig(), at(0)) is None
+    noticed = [watch.changed(rig(sensor2ego=at(1.0 + 0.004 * i)), at(0)) for i in range(1, 4)]
+    assert noticed == [None, None, "CAM_BACK"]
+    assert watch.changed(rig(sensor2ego=at(1.012)), at(0.1)) == "model frame"
 
 
 def test_dynamics_come_from_poses_or_from_the_can_bus_as_the_variant_says() -> None:

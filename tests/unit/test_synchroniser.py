@@ -259,6 +259,21 @@ def test_the_last_camera_alive_still_makes_sets() -> None:
     assert [tuple(frame.images) for _, frame in sets[-20:]] == [("CAM_BACK",)] * 20
 
 
+@pytest.mark.parametrize("dead", [CAMERAS[:3], CAMERAS[1:]])
+@pytest.mark.parametrize("period_ms", [83, 500])
+def test_cameras_that_die_together_cost_a_few_moments_at_most(period_ms: int, dead: tuple[str, ...]) -> None:
+    sync = Sync(CAMERAS)
+    pictures = [
+        p
+        for p in arrivals(period_ms, 40)
+        if p.camera not in dead or p.stamp_ms < START_MS + 20 * period_ms - 50
+    ]
+    missing = [frame.missing for _, frame in feed(sync, pictures)]
+    assert missing[:20] == [()] * 20
+    assert len(missing) >= 40 - 4
+    assert set(missing[20:]) == {dead}
+
+
 def test_a_reset_forgets_what_waits_and_which_stamps_were_seen() -> None:
     sync = Sync(CAMERAS)
     pictures = arrivals(83, 2)

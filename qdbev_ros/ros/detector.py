@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detector as it is configured: an engine with its memory, and while it is active the inputs and their worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from rclpy.node import Node
+
+from qdbev_ros.core.boxes import Boxes
+from qdbev_ros.core.errors import DataError, EngineError
+from qdbev_ros.core.health import HealthMonitor
+from qdbev_ros.core.latency import StageLatencies
+from qdbev_ros.core.memory import CalibrationWatch, MemoryPolicy
+from qdbev_ros.core.pipeline import CameraFrame, Frame, FrameResult, PictureError, Pipeline
+from qdbev_ros.core.preprocess import Picture
+from qdbev_ros.core.synchroniser import SyncCounters
+from qdbev_ros.engine import load_package
+from qdbev_ros.ros.assembly import Job
+from qdbev_ros.ros.calibration_file import calibration_for
+from qdbev_ros.ros.camera_state import CameraState
+from qdbev_ros.ros.diagnostics import PERCENTILES, PipelineReport, pipeline_values
+from qdbev_ros.ros.inputs import Inputs, picture_of
+from qdbev_ros.ros.messages import Answer
+from qdbev_ros.ros.outputs import Outputs
+from qdbev_ros.ros.parameters import DetectorParameters
+from qdbev_ros.ros.presets import load_preset
+from qdbev_ros.ros.throttle import Throttled
+from qdbev_ros.ros.worker import Worker
+
+
+class TooFewCameras(DataError):
+    """What is left of a set is not to be answered."""
+
+
+class Detector:
+    """Inputs -> worker -> pipeline -> outputs. Raises QdbevError where it cannot be configured."""
+
+    def __init__(self, node: Node, parameters: DetectorParameters, monitor: HealthMonitor) -> None:
+        self._node = node
+        self.preset = load_preset(parameters.preset)
+        self._parameters = parameters.with_preset(self.preset)
+        self._calibration = calibration_for(self.preset, parameters.calibration)
+        self._monitor = monitor
+        self.engine = load_package(Path(parameters.model), backend=parameters.engine)
+        self._pipeline = Pipeline(self.engine, _memory_policy(parameters), parameters.decode_threads)
+        self._lock = threading.Lock()  # the pipeline and its memory
+        self._watch = CalibrationWatch()
+        self._ego_known = True
+        self._bridge = None
+        if self.preset.image_type == "raw":
+            from cv_bridge import CvBridge
+
+            self._bridge = CvBridge()
+        self._report = PipelineReport()
+        self._latencies = StageLatencies()
+        self._error = Throttled(node.get_logger().error)
+        self._warn = Throttled(node.get_logger().warning)
+        self._outputs = Outputs(node, self._parameters, self.engine.name)
+        self._inputs: Inputs | None = None
+        self._worker: Worker[Job] | None = None
+
+    @property
+    def cameras(self) -> Mapping[str, CameraState]:
+        """What is known of each camera; empty while inactive."""
+        return {} if self._inputs is None else self._inputs.cameras
+
+    @property
+    def memory_resets(self) -> dict[str, int]:
+        return self._pipeline.memory.resets.copy()
+
+    def take_over(self, memory_resets: Mapping[str, int], other_model: bool) -> None:
+        """Goes on with the counters of the detector before; with `other_model` its memory is not to be used."""
+        self._pipeline.memory.resets = dict(memory_resets)
+        if other_model:
+            self._pipeline.memory.reset("model_change")
+
+    def activate(self) -> None:
+        """Listens to the cameras."""
+        self._worker = Worker(self._process, self._parameters.queue_size)
+        self._inputs = Inputs(
+            self._node, self._parameters, self.preset, self._calibration, self._worker.submit, self._refuse
+        )
+
+    def deactivate(self) -> None:
+        """Hears nothing more; the set that is worked on is still answered."""
+        if self._inputs is not None and self._worker is not None:
+            self._inputs.close()
+            self._worker.close()
+        self._inputs = self._worker = None
+
+    def finish(self) -> None:
+        """Lets the set that is worked on be answered, and works on no other; inputs and counters stay."""
+        if self._worker is not None:
+            self._worker.close()
+
+    def close(self) -> None:
+        self.deactivate()
+        self._outputs.close()
+        self._pipeline.close()
+
+    def idle(self) -> bool:
+        """Whether no set waits for anything."""
+        if self._inputs is None or self._worker is None:
+            return True
+        return self._inputs.pending == 0 and self._worker.idle()
+
+    def change(self, parameters: DetectorParameters) -> None:
+        """Takes changed parameters, of which only live ones may differ."""
+        self._parameters = self._outputs.parameters = parameters.with_preset(self.preset)
+        self._pipeline.memory.policy = _memory_policy(parameters)
+        if self._inputs is not None and self._worker is not None:
+            self._inputs.configure(self._parameters)
+            self._worker.queue_size = parameters.queue_size
+
+    def reset_memory(self) -> None:
+        with self._lock:
+            self._pipeline.memory.reset("service")
+
+    def values(self) -> dict[str, object]:
+        """All counters, for diagnostics."""
+        report = dataclasses.replace(self._report, dropped=self._report.dropped.copy())
+        if self._worker is not None and self._worker.dropped:
+            report.dropped["queue"] = self._worker.dropped
+        sync = self._inputs.sync.counters if self._inputs is not None else SyncCounters()
+        latencies = self._latencies.percentiles(*PERCENTILES)
+        package = {"engine": self.engine.description, "package": self.engine.name}
+        package["package_sha256"] = self.engine.sha256
+        return {**package, **pipeline_values(report, sync, self.memory_resets, latencies)}
+
+    def _refuse(self, kind: str, text: str) -> None:
+        self._report.dropped[kind] += 1
+        self._monitor.refused(text)
+
+    def _process(self, job: Job) -> None:
+        """One set, in the worker's thread. Whatever goes wrong costs this set and is told."""
+        started = time.monotonic()
+        try:
+            answer, milliseconds = self._answer(job)
+            computed = time.monotonic()
+            self._outputs.publish(answer)
+        except TooFewCameras as error:
+            self._refuse("cameras", str(error))
+            self._warn("cameras", f"set dropped: {error}")
+            return
+        except Exception as error:  # the thread must go on, whatever an engine raises
+            self._report.dropped["failure"] += 1
+            self._monitor.failed(f"{type(error).__name__}: {error}")
+            with self._lock:
+                self._pipeline.memory.reset("failure")
+            self._error("failure", f"set dropped:\n{traceback.format_exc()}")
+            return
+        now = time.monotonic()
+        stages = {"wait": started - job.arrived, "publish": now - computed, "total": now - job.arrived}
+        self._latencies.add(milliseconds | {stage: seconds * 1e3 for stage, seconds in stages.items()})
+        self._tell(answer, now)
+
+    def _answer(self, job: Job) -> tuple[Answer, dict[str, float]]:
+        """The boxes of the cameras whose pictures can be used, and each stage's milliseconds."""
+        cameras, missing = dict(job.cameras), dict(job.missing)
+        with self._lock:
+            self._forget_if_needed(job)
+        while True:
+            self._require_enough(len(cameras), missing)
+            try:
+                frames = {
+                    name: CameraFrame(
+                        self._picture(name, camera.message), camera.calibration, camera.ego2global
+                    )
+                    for name, camera in cameras.items()
+                }
+                with self._lock:
+                    result = self._run(Frame(job.stamp_ns, frames, job.ego2global, job.lidar2ego))
+            except PictureError as error:  # the others are decoded again, which costs less than a set
+                del cameras[error.camera]
+                missing[error.camera] = str(error)
+                self._picture_failed(error)
+                continue
+            answer = Answer(
+                job.stamp_ns, job.spread_s, result.boxes, tuple(cameras), missing, job.ego_problem, result.memory
+            )  # fmt: skip
+            return answer, result.milliseconds
+
+    def _forget_if_needed(self, job: Job) -> None:
+        """Drops the memory where it does not fit this set for reasons that the memory itself cannot see."""
+        memory, known = self._pipeline.memory, job.ego_problem is None
+        calibrations = {name: camera.calibration for name, camera in job.cameras.items()}
+        different = self._watch.changed(calibrations, job.lidar2ego)
+        if different is not None:
+            memory.reset("calibration_change")
+            self._warn("calibration", f"the calibration of {different} changed: memory forgotten")
+        if not known or not self._ego_known:
+            memory.reset("no_ego_motion")
+        self._ego_known = known
+
+    def _require_enough(self, count: int, missing: Mapping[str, str]) -> None:
+        """Raises TooFewCameras where the parameters forbid an answer from `count` cameras."""
+        without = "; ".join(f"{camera}: {reason}" for camera, reason in missing.items())
+        if missing and self._parameters.missing_cameras == "skip":
+            raise TooFewCameras(f"missing_cameras is skip, and there is no {without}")
+        if count < self._parameters.min_cameras:
+            raise TooFewCameras(
+                f"{count} usable cameras, min_cameras is {self._parameters.min_cameras}: {without}"
+            )
+
+    def _picture(self, camera: str, message: object) -> memoryview | Picture:
+        try:
+            return picture_of(message, self._bridge)
+        except DataError as error:
+            raise PictureError(camera, str(error)) from error
+
+    def _run(self, frame: Frame) -> FrameResult:
+        """Raises EngineError where the engine answers with what is no number."""
+        result = self._pipeline.run(frame)
+        if not _finite(result.boxes):
+            raise EngineError("the engine's boxes are not finite")
+        return result
+
+    def _picture_failed(self, error: PictureError) -> None:
+        state = self.cameras.get(error.camera)
+        if state is not None:
+            state.picture_failed(str(error))
+            self._warn(f"picture {error.camera}", f"camera is left out: {state.image_topic}: {error}")
+
+    def _tell(self, answer: Answer, now: float) -> None:
+        """Notes an answer for diagnostics."""
+        for name, state in self.cameras.items():
+            state.answered(answer.missing.get(name))
+        report, lacking = self._report, answer.lacking()
+        report.sets_answered += 1
+        report.sets_degraded += bool(lacking)
+        report.spread_s = answer.spread_s
+        report.memory_age, report.memory_gap_s = answer.memory.age, answer.memory.gap_s
+        self._monitor.answered(now, lacking)
+
+
+def _memory_policy(parameters: DetectorParameters) -> MemoryPolicy:
+    return MemoryPolicy(parameters.max_gap, parameters.max_speed)
+
+
+def _finite(boxes: Boxes) -> bool:
+    return all(
+        bool(np.isfinite(part).all())
+        for part in (boxes.centers, boxes.sizes, boxes.yaws, boxes.scores, boxes.velocities)
+    )

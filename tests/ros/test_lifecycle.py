@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node under a lifecycle manager: nothing by itself, a bad model is told and mended without a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+
+from qdbev_ros.ros.diagnostics import PIPELINE
+from tests.ros.graph import Graph
+from tests.ros.rig import TIMING, Rig
+
+
+def change(rig: Rig, transition: int) -> bool:
+    request = ChangeState.Request(transition=Transition(id=transition))
+    return bool(rig.call(ChangeState, "change_state", request).success)
+
+
+def test_a_managed_node_waits_says_what_is_wrong_and_works_once_it_is_mended(
+    graph: Graph, package: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("qdbev_msgs", reason="qdbev_msgs tells which cameras were used")
+    damaged = tmp_path / "damaged.qdbev"
+    damaged.write_bytes(package.read_bytes()[:5000])
+    node = graph.node(
+        "detector_node", model=damaged, autostart="false", image_reliability="reliable", **TIMING
+    )
+    rig = Rig(graph, node)
+    try:
+        rig.until(lambda: PIPELINE in rig.statuses, "an unconfigured node says nothing")
+        rig.until_state("waiting", "not active")
+        assert not change(rig, Transition.TRANSITION_CONFIGURE)
+        rig.until_state("fault", "damaged.qdbev")
+        assert rig.set_parameter("model", str(package)).successful
+        for _ in range(
+            2
+        ):  # and once more: a node that was deactivated and cleaned up starts as the first time
+            assert change(rig, Transition.TRANSITION_CONFIGURE)
+            assert change(rig, Transition.TRANSITION_ACTIVATE)
+            rig.until_heard()
+            rig.whole()
+            assert "cannot change" in rig.set_parameter("model", str(damaged)).reason
+            assert change(rig, Transition.TRANSITION_DEACTIVATE)
+            rig.until_state("waiting", "not active")
+            assert change(rig, Transition.TRANSITION_CLEANUP)
+    finally:
+        rig.close()
+    assert node.stop() == 0
+    assert "Traceback" not in node.output
