@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qdbev_ros.core.pipeline import Pipeline
-from qdbev_ros.core.variant import CLASSES, load_variant
+from qdbev_ros.core.variant import CAMERAS, CLASSES, load_variant
 from qdbev_train.checkpoint import read_tensors, save_model, write_tensors
 from qdbev_train.cli import main
 from qdbev_train.data.tables import all_frames, load_scenes
@@ -96,6 +96,24 @@ def test_a_scene_is_detected_the_same_whatever_came_before(
         detected[name] = json.loads(path.read_text())["results"]
     assert detected["both"] == detected["scene-0103"] | detected["scene-0916"]
     assert any(detected["both"].values())
+
+
+def test_eval_without_a_camera_runs_as_if_it_were_lost(
+    small_root: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[str]] = []
+    real_run = Pipeline.run
+
+    def watched(self: Pipeline, frame: Any) -> Any:
+        seen.append(set(frame.cameras))
+        return real_run(self, frame)
+
+    monkeypatch.setattr(Pipeline, "run", watched)
+    score = tmp_path / "score.json"
+    lost = ["--without", "CAM_BACK", "--without", "CAM_FRONT", "--scene", "scene-0916"]
+    assert evaluate(random_checkpoint, small_root, "--json", str(score), *lost) == 0
+    assert seen == [set(CAMERAS) - {"CAM_BACK", "CAM_FRONT"}] * 4
+    assert json.loads(score.read_text())["without"] == ["CAM_BACK", "CAM_FRONT"]
 
 
 def test_a_stopped_evaluation_goes_on_after_its_last_whole_scene(

@@ -165,6 +165,25 @@ def test_boxes_are_read_from_the_reference_that_entered_their_layer(model: BEVFo
     torch.testing.assert_close(out.boxes[0, 0, :, 4], z, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("absent", range(6))
+@torch.no_grad()
+def test_an_absent_camera_gives_what_a_network_built_without_it_gives(absent: int) -> None:
+    model, smaller = small_model(), small_model()
+    smaller.load_state_dict(model.state_dict())
+    others = [camera for camera in range(6) if camera != absent]
+    transformer = smaller.pts_bbox_head.transformer
+    transformer.cams_embeds = torch.nn.Parameter(transformer.cams_embeds[others])
+    rigs, bus, past = rig(model.variant), can_bus(5.0, 2.0)[None], history(1)
+    rigs = rigs.expand(1, -1, -1, -1).clone()
+    rigs[:, absent] = 0.0
+    five = images(1)[:, others]
+    tables = smaller.camera_tables(rigs[:, others], five.shape[-2:])
+    expected = smaller.forward_tensors(five, *smaller.encoder_inputs(five, tables, bus, past, None))
+    got = model(images(1), rigs, bus, past)
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_absent_cameras_leave_everything_finite_and_unread(model: BEVFormer) -> None:
     rigs = rig(model.variant)[None].clone()
