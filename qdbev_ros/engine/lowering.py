@@ -24,6 +24,8 @@ ZERO_POINT = 128
 def lower_u8(master: bytes) -> onnx.ModelProto:
     """The U8 form of a packed master. Deterministic; raises PackageError where the master is not one."""
     graph = open_master(master)
+    for node in graph.nodes("Conv"):
+        _one_grid_each(graph, node)
     for node in graph.nodes("QuantizeLinear"):
         _fold_rectifier(graph, node)
         _to_unsigned(graph, node)
@@ -32,6 +34,40 @@ def lower_u8(master: bytes) -> onnx.ModelProto:
     for node in graph.nodes("DequantizeLinear"):
         _dequantise_plain_bias(graph, node)
     return graph.finish("qdbev-u8", OPSET)
+
+
+def _one_grid_each(graph: Graph, conv: onnx.NodeProto) -> None:
+    """Repeats a quantised convolution, and a rectifier behind it, for every grid that its result is rounded to.
+
+    A convolution in front of a deformable one has two. Integer kernels round to one grid; computed in float, a single
+    convolution takes longer than two of these.
+    """
+    if _integer_inputs(graph, conv) is None:
+        return
+    users, rectifier = graph.users(conv.output[0]), None
+    if len(users) == 1 and users[0].op_type in ("Relu", "Clip"):
+        rectifier = users[0]
+        users = graph.users(rectifier.output[0])
+    if len(users) < 2 or any(user.op_type != "QuantizeLinear" for user in users):
+        return
+    for number, user in enumerate(users[1:], 1):
+        source = ""
+        for node in (conv, rectifier):
+            if node is not None:
+                copy = onnx.NodeProto()
+                copy.CopyFrom(node)
+                copy.name, copy.output[0] = f"{node.name}_grid{number}", f"{node.output[0]}_grid{number}"
+                copy.input[0] = source or copy.input[0]
+                graph.add(copy)
+                source = copy.output[0]
+        graph.set_input(user, 0, source)
+
+
+def _integer_inputs(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+    """The DequantizeLinear nodes that input and weight come from; None where one does not."""
+    sources = [graph.producer(name) for name in node.input[:2]]
+    found = [source for source in sources if source is not None and source.op_type == "DequantizeLinear"]
+    return found if len(found) == 2 else None
 
 
 def _fold_rectifier(graph: Graph, quantise: onnx.NodeProto) -> None:
@@ -134,7 +170,39 @@ def fuse_linears(model: onnx.ModelProto) -> onnx.ModelProto:
         )
         graph.replace(target, [fused])
         _fold_division(graph, fused)
+    for conv in graph.nodes("Conv"):
+        _integer_sums(graph, conv)
     return graph.finish("qdbev-u8-onnxruntime", OPSET)
+
+
+def _integer_sums(graph: Graph, conv: onnx.NodeProto) -> None:
+    """A quantised convolution whose result no grid waits for, as integer sums and one product in float.
+
+    ONNX Runtime would compute it in float. The offsets of deformable convolutions are such results.
+    """
+    sources = _integer_inputs(graph, conv)
+    readers = {user.op_type for user in graph.users(conv.output[0])}
+    if sources is None or readers == {"QuantizeLinear"} or (readers and readers <= {"Relu", "Clip"}):
+        return
+    (codes, step, zero), (weight, scale) = (list(source.input)[:3] for source in sources)
+    factors = (graph.constant(step) * graph.constant(scale)).astype(np.float32).reshape(-1, 1, 1)
+    name = conv.output[0]
+    sums = helper.make_node("ConvInteger", [codes, weight, zero], [f"{name}_sums"], name=conv.name)
+    sums.attribute.extend(conv.attribute)
+    numbers = helper.make_node("Cast", [f"{name}_sums"], [f"{name}_numbers"], to=TensorProto.FLOAT)
+    bias = graph.producer(conv.input[2]) if len(conv.input) > 2 else None
+    if bias is None:
+        graph.replace(conv, [sums, numbers, _product(graph, numbers, factors, name)])
+        return
+    added = graph.constant(bias.input[0]) * graph.constant(bias.input[1])
+    constant = graph.add_constant(added.astype(np.float32).reshape(-1, 1, 1))
+    scaled = _product(graph, numbers, factors, f"{name}_scaled")
+    add = helper.make_node("Add", [f"{name}_scaled", constant], [name])
+    graph.replace(conv, [sums, numbers, scaled, add])
+
+
+def _product(graph: Graph, node: onnx.NodeProto, factors: NDArray[np.float32], name: str) -> onnx.NodeProto:
+    return helper.make_node("Mul", [node.output[0], graph.add_constant(factors)], [name])
 
 
 def _fold_division(graph: Graph, linear: onnx.NodeProto) -> None:

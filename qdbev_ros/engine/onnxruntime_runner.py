@@ -11,6 +11,7 @@ the kernel the graph stays whole and samples by GridSample.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ def session_options(threads: int | None) -> ort.SessionOptions:
 def check_convolutions(lowered: onnx.ModelProto, optimised: onnx.ModelProto) -> int:
     """The number of int8 convolutions; raises EngineError, naming them, where quantised ones were left in float."""
     wanted = quantised_convolutions(lowered)
-    integer = sum(n.op_type == "QLinearConv" for n in optimised.graph.node)
+    kinds = Counter(n.op_type for n in optimised.graph.node)
+    integer = kinds["QLinearConv"]
     if integer < len(wanted):
         # Fused nodes may have lost their names; those that still stand there as float convolutions have not.
         left = [n.name for n in optimised.graph.node if n.op_type in ("Conv", "FusedConv")]
@@ -165,4 +167,4 @@ def check_convolutions(lowered: onnx.ModelProto, optimised: onnx.ModelProto) -> 
             f"ONNX Runtime {ort.__version__} runs {len(wanted) - integer} of {len(wanted)} quantised convolutions in "
             f"float: {', '.join(left[:5]) or 'names unknown'}"
         )
-    return integer
+    return integer + kinds["ConvInteger"]

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper, printer
 from qdbev_ros.core.errors import EngineError, PackageError
 from qdbev_ros.engine.graph import Graph, pack_int4, unpack_int4
 from qdbev_ros.engine.lowering import fuse_linears, lower_u8, quantised_convolutions
-from qdbev_ros.engine.onnxruntime_runner import check_convolutions
+from qdbev_ros.engine.onnxruntime_runner import OnnxRuntimeRunner, check_convolutions
 from tests.small_master import CELLS, CHANNELS, small_master
 
 GOLDEN = Path(__file__).with_name("golden_small_u8.txt")
@@ -100,6 +100,58 @@ def test_a_rectifier_that_the_codes_repeat_is_dropped_and_any_other_is_kept() ->
     step.CopyFrom(numpy_helper.from_array(np.float32(0.2), "stem.s"))  # 63 steps of 0.2 reach beyond six
     kept = Graph(lower_u8(model.SerializeToString()))
     assert any(n.input[0] == "first" for n in kept.nodes("Clip"))
+
+
+def master_with_offsets() -> bytes:
+    """The small master as in front of a deformable convolution.
+
+    Its first map lies on a second, finer grid as well, from which a convolution makes numbers that no grid waits for.
+    """
+    model = onnx.load_from_string(small_master())
+    graph, random = model.graph, np.random.default_rng(5)
+    bev = next(n for n in graph.node if "bev" in n.output)
+    bev.output[0] = "old_bev"
+    step, scale = np.float32(0.02), random.uniform(0.02, 0.05, CHANNELS).astype(np.float32)
+    constants = {
+        "fine.s": step,
+        "fine.z": np.uint8(0),
+        "third.w": random.integers(-64, 64, (CHANNELS, CHANNELS, 3, 3)).astype(np.int8),
+        "third.ws": scale,
+        "third.b": random.integers(-200, 200, CHANNELS).astype(np.int32),
+        "third.bs": (scale * step).astype(np.float32),
+        "third.axes": np.array([0, 2, 3]),
+    }
+    graph.initializer.extend(numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items())
+    graph.node.extend(
+        [
+            helper.make_node("QuantizeLinear", ["relu6", "fine.s", "fine.z"], ["fine.q"]),
+            helper.make_node("DequantizeLinear", ["fine.q", "fine.s", "fine.z"], ["fine"]),
+            helper.make_node("DequantizeLinear", ["third.w", "third.ws"], ["third.wd"], axis=0),
+            helper.make_node("DequantizeLinear", ["third.b", "third.bs"], ["third.bd"], axis=0),
+            helper.make_node("Conv", ["fine", "third.wd", "third.bd"], ["third"], name="third", pads=[1] * 4),
+            helper.make_node("ReduceMean", ["third", "third.axes"], ["third.mean"], keepdims=0),
+            helper.make_node("Add", ["old_bev", "third.mean"], ["bev"]),
+        ]
+    )
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_comes_before_a_deformable_convolution_stays_in_integers(seed: int) -> None:
+    """One convolution for each grid, and integer sums where no grid follows; the numbers are the master's."""
+    master = master_with_offsets()
+    lowered = lower_u8(master)
+    fused = fuse_linears(lowered)
+    assert quantised_convolutions(lowered) == ["first", "second", "first_grid1", "third"]
+    assert quantised_convolutions(fused) == ["first", "second", "first_grid1"]
+    assert [n.name for n in fused.graph.node if n.op_type == "ConvInteger"] == ["third"]
+    assert OnnxRuntimeRunner(master, 1).integer_convolutions == 4
+    wanted = plain_session(master).run(None, inputs(seed))
+    for model in (lowered, fused):
+        for got, value in zip(
+            plain_session(model.SerializeToString()).run(None, inputs(seed)), wanted, strict=True
+        ):
+            np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-5)
 
 
 def linear_and_division(divisor: np.ndarray) -> onnx.ModelProto:
