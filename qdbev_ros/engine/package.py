@@ -98,7 +98,7 @@ def write_package(
 
 def _sealed_zip(contents: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.comment = b"0" * SEAL
         for name, content in contents.items():
             info = zipfile.ZipInfo(name, _EPOCH)
