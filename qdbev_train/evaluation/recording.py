@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import Pose, quaternion_to_matrix
 from qdbev_ros.core.pose_buffer import PoseTrack, TransformUnavailable
 from qdbev_ros.core.variant import CLASSES
+from qdbev_ros.ros.presets import load_preset, preset_names
 from qdbev_train.bags.messages import ego_poses
 from qdbev_train.data.frames import Frame
 from qdbev_train.evaluation.results import Entry, result_entries
@@ -109,6 +111,14 @@ def match(answers: Sequence[Answer], scenes: Mapping[str, Sequence[Frame]]) -> M
     return Matched(results, [f for f in frames if f.sample_token not in first], repeated, foreign)
 
 
+@functools.cache
+def _kinds_of_frames() -> dict[str, str]:
+    """frame -> "model", "base" or "fixed", of the frames that a preset's convention names so."""
+    presets = [load_preset(name) for name in preset_names()]
+    kinds = {"model": "model_frame", "base": "base_frame", "fixed": "fixed_frame"}
+    return {getattr(preset, key): kind for kind, key in kinds.items() for preset in presets}
+
+
 class _SceneFinder:
     """Finds a scene's frames and ego poses by time."""
 
@@ -133,13 +143,12 @@ class _SceneFinder:
         except TransformUnavailable:
             # Outside the poses of the tables, which end with the scene: the frame's own is at most MATCH_NS away.
             ego2global = frame.ego2global
-        frame2ego = {
-            "LIDAR_TOP": frame.lidar2ego,
-            "base_link": Pose.identity(),
-            "map": ego2global.inverse(),
-        }.get(answer.frame_id)
-        if frame2ego is None:
-            raise DataError(f"boxes in frame {answer.frame_id!r}; score knows LIDAR_TOP, base_link and map")
+        kind = _kinds_of_frames().get(answer.frame_id)
+        if kind is None:
+            known = ", ".join(_kinds_of_frames())
+            raise DataError(f"boxes in frame {answer.frame_id!r}; score knows {known}")
+        poses = {"model": frame.lidar2ego, "base": Pose.identity(), "fixed": ego2global.inverse()}
+        frame2ego = poses[kind]
         return result_entries(frame.sample_token, answer.boxes, frame2ego, ego2global, answer.attributes)
 
 

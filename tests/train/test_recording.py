@@ -86,7 +86,7 @@ def _object(t: Any, boxes: Boxes, i: int, attribute: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("frame_id", ["LIDAR_TOP", "map"])
+@pytest.mark.parametrize("frame_id", ["LIDAR_TOP", "map", "lidar_top_link"])
 def test_a_recording_of_the_truth_scores_perfectly(
     nuscenes_root: Path, real_frames: Any, tmp_path: Path, frame_id: str
 ) -> None:
