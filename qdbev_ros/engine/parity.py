@@ -128,13 +128,16 @@ def ensure_parity(package: Package, engine: Engine, key: EngineKey, threads: int
                 return verdict
     LOG.info("checking %s against plain ONNX Runtime; this is done once", engine.runner.description)
     reference = reference_outputs(package.model, package, threads)
-    verdict = judge(package, engine, reference)
-    if not verdict.passed:
-        verdict = verdict.beside(rounding_alone(package, reference, threads))
+    verdict = settle(judge(package, engine, reference), package, reference, threads)
     if folder is not None and verdict.passed:
         write_atomically(folder / VERDICT, json.dumps(verdict.to_dict(), indent=1).encode())
     demand(verdict, engine.runner.description)
     return verdict
+
+
+def settle(verdict: Verdict, package: Package, reference: Sequence[Outputs], threads: int | None) -> Verdict:
+    """The verdict with the limits that this package needs, which cost a second reference, so only where it failed."""
+    return verdict if verdict.passed else verdict.beside(rounding_alone(package, reference, threads))
 
 
 def demand(verdict: Verdict, description: str) -> None:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     from qdbev_ros.engine.backends import BACKENDS, check_backend
     from qdbev_ros.engine.package import read_package
-    from qdbev_ros.engine.parity import reference_outputs
+    from qdbev_ros.engine.parity import reference_outputs, settle
 
     names = args.backend or [name for name in BACKENDS if name != "auto"]
     for name in names:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         reasons: dict[str, str] = {}
         for name, job in jobs.items():
             try:
-                verdicts[name] = job(reference)
+                verdicts[name] = settle(job(reference), package, reference, args.threads)
             except EngineError as error:
                 verdicts[name], reasons[name] = None, str(error)
             bar.update()
