@@ -12,6 +12,7 @@ from lifecycle_msgs.srv import ChangeState
 from qdbev_ros.ros.diagnostics import PIPELINE
 from tests.ros.graph import Graph
 from tests.ros.rig import TIMING, Rig
+from tests.small_master import write_small_package
 
 
 def change(rig: Rig, transition: int) -> bool:
@@ -19,7 +20,7 @@ def change(rig: Rig, transition: int) -> bool:
     return bool(rig.call(ChangeState, "change_state", request).success)
 
 
-def test_a_managed_node_waits_says_what_is_wrong_and_works_once_it_is_mended(
+def test_a_managed_node_waits_says_what_is_wrong_works_once_it_is_mended_and_swaps_models(
     graph: Graph, package: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("qdbev_msgs", reason="qdbev_msgs tells which cameras were used")
@@ -34,18 +35,22 @@ def test_a_managed_node_waits_says_what_is_wrong_and_works_once_it_is_mended(
         rig.until_state("waiting", "not active")
         assert not change(rig, Transition.TRANSITION_CONFIGURE)
         rig.until_state("fault", "damaged.qdbev")
-        assert rig.set_parameter("model", str(package)).successful
-        for _ in range(
-            2
-        ):  # and once more: a node that was deactivated and cleaned up starts as the first time
+        small = tmp_path / "small.qdbev"
+        write_small_package(small)
+        for model in (package, small):
+            assert rig.set_parameter("model", str(model)).successful
             assert change(rig, Transition.TRANSITION_CONFIGURE)
             assert change(rig, Transition.TRANSITION_ACTIVATE)
             rig.until_heard()
             rig.whole()
+            rig.until(lambda: rig.values()["package"] == rig.answers[rig.now_ns].model, "another package")
+            resets = rig.values().get("memory_resets.model_change", "0")
             assert "cannot change" in rig.set_parameter("model", str(damaged)).reason
             assert change(rig, Transition.TRANSITION_DEACTIVATE)
             rig.until_state("waiting", "not active")
             assert change(rig, Transition.TRANSITION_CLEANUP)
+        assert len({answer.model for answer in rig.answers.values()}) == 2
+        assert resets == "1"
     finally:
         rig.close()
     assert node.stop() == 0
