@@ -9,6 +9,8 @@ from setuptools import find_packages, setup
 
 PACKAGE = "qdbev_ros"
 HERE = Path(__file__).resolve().parent
+# Compiled on the vehicle, for its own CPU.
+PACKAGE_DATA = {"qdbev_ros.engine": ["*.c"]}
 
 
 def shared_files() -> list[tuple[str, list[str]]]:
@@ -33,7 +35,7 @@ if __name__ == "__main__":
         maintainer_email="maintainers@qdbev.example",
         license="Apache-2.0",
         packages=find_packages(include=["qdbev_ros", "qdbev_ros.*", "qdbev_train", "qdbev_train.*"]),
-        package_data={"qdbev_ros.engine": ["*.c"]},  # compiled on the vehicle, for its own CPU
+        package_data=PACKAGE_DATA,
         data_files=[
             ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
             (f"share/{PACKAGE}", ["package.xml"]),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,19 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Threads that wait in a loop would take the cores from the ROS executor and the JPEG decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    _register_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
+
+
+@cache
+def _register_arena() -> None:
+    """One arena of memory for all sessions of the process: parts run one after the other, and none keeps its own."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    # No limit, growth and chunks as ONNX Runtime has them by itself.
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, -1, -1, -1))
 
 
 def check_convolutions(lowered: onnx.ModelProto, optimised: onnx.ModelProto) -> int:

@@ -97,3 +97,12 @@ def test_every_message_is_built_and_its_packages_are_declared(folder: str) -> No
     assert used == {
         element.text for element in ElementTree.parse(ROOT / folder / "package.xml").iter("depend")
     }
+
+
+def test_what_is_no_python_in_the_packages_is_installed_as_well() -> None:
+    folders = {name.replace(".", "/"): patterns for name, patterns in package_setup.PACKAGE_DATA.items()}
+    for top in ("qdbev_ros", "qdbev_train"):
+        for path in (ROOT / top).rglob("*.*"):
+            if path.is_file() and path.suffix != ".py" and path.parent.name != "__pycache__":
+                patterns = folders.get(path.parent.relative_to(ROOT).as_posix(), [])
+                assert any(path.match(pattern) for pattern in patterns), f"{path} is not in PACKAGE_DATA"
