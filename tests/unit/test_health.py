@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qdbev_ros.core.health import HealthMonitor, HealthPolicy, Level, State
@@ -94,7 +94,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(EVENTS)
 def test_whatever_happens_the_state_is_what_its_definition_says(events: list[tuple[str, float]]) -> None:
     monitor = HealthMonitor(POLICY)

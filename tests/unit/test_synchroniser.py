@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qdbev_ros.core.errors import ConfigError
@@ -305,7 +305,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         Sync(("A", "B"), SyncSettings(anchor="C"))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     period_ms=st.sampled_from([50, 83, 100, 500]),
     lost=st.sets(st.integers(0, 59), max_size=20),
@@ -340,7 +340,7 @@ def test_whatever_arrives_sets_are_sound_and_nothing_vanishes_uncounted(
         assert_sound(sync, sets)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**16), period_ms=st.sampled_from([83, 100, 500]), jitter_ms=st.integers(0, 8))
 def test_disorder_and_jitter_within_a_set_lose_nothing(seed: int, period_ms: int, jitter_ms: int) -> None:
     rng = random.Random(seed)
@@ -358,7 +358,7 @@ def test_disorder_and_jitter_within_a_set_lose_nothing(seed: int, period_ms: int
     assert not sync.counters.dropped
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lost=st.sampled_from(CAMERAS),
     begin=st.integers(0, 8),
