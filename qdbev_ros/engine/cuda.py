@@ -110,3 +110,6 @@ class Cuda:
 
     def launch(self, graph: Any) -> None:
         self._call("cudaGraphLaunch", graph, self.stream)
+
+    def release(self, graph: Any) -> None:
+        self._call("cudaGraphExecDestroy", graph)

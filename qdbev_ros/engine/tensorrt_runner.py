@@ -21,6 +21,8 @@ from qdbev_ros.engine.cuda import Cuda
 from qdbev_ros.engine.master import FEATURES, OUTPUTS
 from qdbev_ros.engine.tensorrt_build import product, row_block
 
+# Each set of shapes has an execution context with working memory of its own. A rig keeps to two or three.
+MOST_SHAPES = 4
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -92,6 +94,8 @@ class TensorRtRunner:
         self._execute(bound)
         wanted = [n for n in self._outputs if self.stage_outputs or not n.startswith(FEATURES)]
         for name in wanted:
+            if name not in bound.host:
+                bound.host[name] = self._cuda.pinned(*self._layout(bound, name))
             self._cuda.download(bound.host[name], bound.device[name])
         self._cuda.wait()
         self._latest = bound
@@ -128,12 +132,23 @@ class TensorRtRunner:
         return ask is None or bool(ask(self._cuda.stream))
 
     def _bind(self, given: dict[str, NDArray[Any]]) -> _Bound:
-        """The buffers of these shapes, made at their first appearance."""
+        """The buffers of these shapes, made at their first appearance; those not used for longest go for new ones."""
         shapes = tuple((name, array.shape) for name, array in given.items())
-        bound = self._bound.get(shapes)
+        bound = self._bound.pop(shapes, None)
         if bound is None:
-            bound = self._bound[shapes] = self._make_bound(given)
+            for old in list(self._bound)[: max(0, len(self._bound) - MOST_SHAPES + 1)]:
+                self._release(self._bound.pop(old))
+            bound = self._make_bound(given)
+        self._bound[shapes] = bound  # last in the dictionary: used last
         return bound
+
+    def _release(self, bound: _Bound) -> None:
+        if bound.graph is not None:
+            self._cuda.release(bound.graph)
+        for address in bound.device.values():
+            self._cuda.free(address)
+        for array in bound.host.values():
+            self._cuda.free_pinned(array)
 
     def _make_bound(self, given: dict[str, NDArray[Any]]) -> _Bound:
         bound = _Bound(context=self._engine.create_execution_context())
@@ -143,9 +158,13 @@ class TensorRtRunner:
             if not bound.context.set_input_shape(name, array.shape):
                 raise EngineError(f"the TensorRT engine takes no {name!r} of shape {array.shape}")
         for name in self._names:
-            shape = tuple(bound.context.get_tensor_shape(name))
-            kind = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
-            bound.host[name] = self._cuda.pinned(shape, kind)
-            bound.device[name] = self._cuda.allocate(bound.host[name].nbytes)
+            shape, kind = self._layout(bound, name)
+            bound.device[name] = self._cuda.allocate(int(np.prod(shape)) * kind.itemsize)
             bound.context.set_tensor_address(name, bound.device[name])
+            if name in given:
+                bound.host[name] = self._cuda.pinned(shape, kind)
         return bound
+
+    def _layout(self, bound: _Bound, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        kind = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+        return tuple(bound.context.get_tensor_shape(name)), kind

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qdbev_ros.core.errors import EngineError
 from qdbev_ros.core.projection import visible_cells
 from qdbev_ros.core.variant import load_variant
-from qdbev_ros.engine import tensorrt_build, tensorrt_engine
+from qdbev_ros.engine import tensorrt_build, tensorrt_engine, tensorrt_runner
 from qdbev_ros.engine.engine import Engine
 from qdbev_ros.engine.package import Package, read_package
 from qdbev_ros.engine.parity import judge, reference_outputs
@@ -199,6 +199,21 @@ def test_after_two_frames_of_one_shape_a_recorded_graph_runs(
     for answer in answers[1:]:
         np.testing.assert_array_equal(answer.class_logits, answers[0].class_logits)
     assert not np.shares_memory(answers[0].bev, answers[1].bev)
+
+
+def test_buffers_of_shapes_long_unused_are_let_go(
+    package: Package, runner: TensorRtRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_runner, "MOST_SHAPES", 1)
+    engine = Engine(package, runner)
+    tensors = engine.tensors(*frame(5), None)
+    runner.run(tensors)
+    blocks = len(runner._cuda._blocks)
+    (shapes,) = runner._bound
+    runner._bound = {(("images", (0,)),): runner._bound[shapes]}  # as if the rig had been another
+    runner.run(tensors)
+    assert list(runner._bound) == [shapes]
+    assert len(runner._cuda._blocks) == blocks
 
 
 def test_stage_outputs_stay_on_the_device_unless_asked_for(package: Package, runner: TensorRtRunner) -> None:
