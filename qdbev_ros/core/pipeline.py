@@ -102,8 +102,8 @@ class FrameResult:
 class Pipeline:
     """Runs frames in order through one engine with one memory. Not for two threads at a time.
 
-    `workers` threads decode pictures side by side. Pictures that stay whole grey levels go to the engine as codes where
-    it takes them: nothing is computed in float then, and the numbers are the same.
+    `workers` threads decode and prepare pictures side by side. Pictures that stay whole grey levels go to the engine as
+    codes where it takes them: nothing is computed in float then, and the numbers are the same.
     """
 
     def __init__(self, engine: Engine, policy: MemoryPolicy | None = None, workers: int = 2) -> None:
@@ -163,17 +163,26 @@ class Pipeline:
 
     def _prepare(self, frame: Frame, pictures: dict[str, Picture]) -> NDArray[np.float32]:
         """Fills the input images and returns lidar2img (6, 4, 4); the mean colour and zeros for absent cameras."""
+        fills = [
+            self._pool.submit(self._fill, index, pictures.get(name)) for index, name in enumerate(CAMERAS)
+        ]
         matrices: list[Array | None] = []
-        for index, name in enumerate(CAMERAS):
+        for name in CAMERAS:
             camera = frame.cameras.get(name)
             if camera is None:
-                self._images[index] = self._grey
                 matrices.append(None)
                 continue
-            if self._table is None:
-                normalise_picture(pictures[name], self.variant.image, self._images[index])
-            else:
-                encode_picture(pictures[name], self.variant.image, self._table, self._images[index])
             full = lidar_to_image(camera.calibration, frame.lidar2ego, camera.ego2global, frame.ego2global)
             matrices.append(scale_to_input(full, camera.calibration, self.variant.image))
+        for fill in fills:
+            fill.result()
         return stack_lidar2img(matrices)
+
+    def _fill(self, index: int, picture: Picture | None) -> None:
+        """Writes one camera's part of the input images."""
+        if picture is None:
+            self._images[index] = self._grey
+        elif self._table is None:
+            normalise_picture(picture, self.variant.image, self._images[index])
+        else:
+            encode_picture(picture, self.variant.image, self._table, self._images[index])
