@@ -61,7 +61,8 @@ class Player:
         self._image_topics = set(preset.image_topics())
         self._newest = (0, 0)  # stamp of the pictures played
         self._answered = (0, 0)  # stamp of the newest answer
-        self._counted = preset.image_topics()[0]  # one picture of it stands for a set
+        # One picture of it stands for a set. The first one: to hold in the middle of a set would tear it apart.
+        self._counted = self._bag.first_topic(preset.image_topics())
         self._unanswered: deque[tuple[int, int]] = deque()  # its stamps
         self._held_since: float | None = None
         if self._parameters.answers:

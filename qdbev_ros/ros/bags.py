@@ -86,6 +86,10 @@ class BagReader:
                 raise DataError(f"bag {self.path} is damaged: {' '.join(str(error).split())}") from error
             yield connection.topic, stamp, bytes(data)
 
+    def first_topic(self, topics: Sequence[str]) -> str:
+        """That of `topics` on which the bag's first message is; the first of them where there is none."""
+        return next((topic for topic, _, _ in self.raw(topics)), topics[0])
+
     def messages(self, topics: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
         """(topic, log time in ns, message) as plain objects of `rosbags`, fields as in ROS, arrays as numpy."""
         types = self.types

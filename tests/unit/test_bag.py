@@ -17,6 +17,7 @@ from qdbev_ros.core.geometry import CameraCalibration, Pose
 from qdbev_ros.core.pose_buffer import TransformTree
 from qdbev_ros.core.projection import lidar_to_image
 from qdbev_ros.core.variant import CAMERAS
+from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.calibration_file import load_calibration
 from qdbev_train.bags.writer import write_bag
 from qdbev_train.cli import main
@@ -151,6 +152,16 @@ def test_annotations_are_cubes_in_the_map_with_a_lasting_number_and_the_sample_t
         assert car.pose.position.x == pytest.approx(10 + SPEED * 0.5 * i)
         numbers.add(tuple(m.id for m in boxes))
     assert len(numbers) == 1
+
+
+def test_the_camera_whose_pictures_begin_a_set_is_told(bag: Path, messages: Messages) -> None:
+    """The player holds the bag before it: later in a set the node would take the rest for lost."""
+    topics = [f"/{camera}/image_rect_compressed" for camera in CAMERAS]
+    earliest = min(topics, key=lambda topic: messages[topic][0][0])
+    with BagReader(bag) as reader:
+        assert reader.first_topic(topics) == earliest != topics[0]
+        assert reader.first_topic(["/nothing", "/tf"]) == "/tf"
+        assert reader.first_topic(["/nothing"]) == "/nothing"
 
 
 def test_the_command_writes_a_bag_and_says_what_is_in_it(
