@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deformable sampling kernel in C: compiled for this very CPU at the first start, kept in the user's cache folder.
+"""The deformable sampling kernel in C: compiled for this very CPU at the first start, kept beside compiled engines.
 
 Compiling takes a fraction of a second. Where nothing can be kept (no home, a read-only one) it is compiled at every
 start; where there is no compiler the engine runs without the kernel and says so.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +17,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+
+from qdbev_ros.engine.cache import cache_folder, cpu_name
 
 SOURCE = Path(__file__).with_name("deformable.c")
 MOST_DEPTH = 256  # as in the source
@@ -86,8 +87,8 @@ def _load() -> ctypes.CDLL:
     if compiler is None:
         raise KernelError(f"there is no C compiler ({', '.join(COMPILERS)})")
     try:
-        key = hashlib.sha256("\0".join((SOURCE.read_text(), compiler, _cpu())).encode()).hexdigest()[:16]
-        folder = _cache_folder()
+        key = hashlib.sha256("\0".join((SOURCE.read_text(), compiler, cpu_name())).encode()).hexdigest()[:16]
+        folder = cache_folder()
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="qdbev-") as own:
                 return ctypes.CDLL(str(_build(compiler, Path(own) / "deformable.so")))
@@ -97,29 +98,6 @@ def _load() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise KernelError(f"it cannot be built or loaded: {error}") from error
-
-
-def _cache_folder() -> Path | None:
-    """The user's folder for compiled kernels; None where there is none that this user alone can write to."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdbev" / "kernels"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home
-        return None
-    return (
-        folder
-        if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK)
-        else None
-    )
-
-
-def _cpu() -> str:
-    """What the CPU can do: code for one must not run on another that shares the cache folder."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = ("flags", "Features", "model name", "CPU part")
-    first = {line.partition(":")[0].strip(): line for line in reversed(lines)}
-    return platform.machine() + "".join(first.get(name, "") for name in names)
 
 
 def _build(compiler: str, library: Path) -> Path:
