@@ -12,11 +12,13 @@ from onnx import TensorProto, helper
 from qdbev_ros.engine.master import FEATURES, parse_master
 
 _PRODUCTS = ("Conv", "Einsum")  # a deformable convolution is an Einsum
+# What the encoder begins with. A neck's coarsest level is made from another one, which is read by this all the same.
+_TOKENS = ("Reshape", "Flatten")
 _BEHIND = ("Relu", "Clip", "QuantizeLinear", "DequantizeLinear")
 
 
 def with_stage_outputs(master: bytes) -> bytes:
-    """The master with outputs `image_features_0` ... (6, C, h, w): what comes behind its last convolutions."""
+    """The master with outputs `image_features_0` ... (6, C, h, w): the last maps, and those that become tokens."""
     model = parse_master(master)
     nodes = list(model.graph.node)
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -24,15 +26,15 @@ def with_stage_outputs(master: bytes) -> bytes:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     before: set[str] = set()  # tensors that some convolution depends on
-    last = []
+    ends = []
     for node in reversed(nodes):
-        if node.op_type in _PRODUCTS and node.output[0] not in before:
-            last.append(node)
+        if node.op_type == "Conv":
+            end = _end_of_chain(node.output[0], readers)
+            if node.output[0] not in before or any(n.op_type in _TOKENS for n in readers.get(end, [])):
+                ends.append(end)
         if node.op_type in _PRODUCTS or before.intersection(node.output):
             before.update(node.input)
-    # An Einsum that reads no convolution's output is none.
-    for index, node in enumerate(n for n in last[::-1] if n.op_type == "Conv"):
-        name = _end_of_chain(node.output[0], readers)
+    for index, name in enumerate(ends[::-1]):
         output = f"{FEATURES}{index}"
         model.graph.node.append(helper.make_node("Identity", [name], [output], name=output))
         model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))

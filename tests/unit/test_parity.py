@@ -185,3 +185,11 @@ def test_feature_maps_become_outputs_behind_the_last_convolutions_quantiser() ->
     assert [o.name for o in model.graph.output][3:] == ["image_features_0"]
     identity = next(n for n in model.graph.node if n.output[0] == "image_features_0")
     assert identity.input[0] == "half.d"
+
+
+def test_a_map_that_becomes_tokens_is_an_output_even_if_a_coarser_one_is_made_from_it() -> None:
+    model = onnx.load_from_string(small_master())
+    model.graph.node.append(onnx.helper.make_node("Flatten", ["stem.d"], ["tokens"], name="tokens"))
+    model = onnx.load_from_string(with_stage_outputs(model.SerializeToString()))
+    made = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Identity"}
+    assert made == {"image_features_0": "stem.d", "image_features_1": "half.d"}
