@@ -50,6 +50,7 @@ def export_master(model: nn.Module, variant: Variant) -> bytes:
     traced = onnx.load_from_string(_trace(model, variant))
     _shape_outputs(traced, variant)
     graph = Graph(traced)
+    _pick_without_stacking(graph)
     define_functions(graph)
     _pack(graph)
     graph.merge_duplicates()
@@ -102,6 +103,25 @@ def _shape_outputs(model: onnx.ModelProto, variant: Variant) -> None:
     del model.graph.output[:]
     for name, shape in zip(OUTPUTS, shapes, strict=True):
         model.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+
+
+def _pick_without_stacking(graph: Graph) -> None:
+    """Takes the last decoder layer's answer as it is; out of a stack it would keep every layer's class branch."""
+    for gather in graph.nodes("Gather"):
+        stack = graph.producer(gather.input[0])
+        if stack is None or stack.op_type != "Concat" or not graph.is_constant(gather.input[1]):
+            continue
+        layers = [graph.producer(name) for name in stack.input]
+        index = graph.constant(gather.input[1])
+        axes = {helper.get_node_attr_value(node, "axis") for node in (gather, stack)}
+        if (
+            index.ndim == 0
+            and axes == {0}
+            and all(n is not None and n.op_type == "Unsqueeze" for n in layers)
+        ):
+            picked = layers[int(index)]
+            assert picked is not None
+            graph.redirect(gather.output[0], picked.input[0])
 
 
 def _pack(graph: Graph) -> None:

@@ -174,6 +174,17 @@ def test_every_float_weight_that_is_left_is_named(student: BEVFormer, master: by
     assert floats <= named + 2 * scales + 1000
 
 
+def test_the_file_holds_the_layers_of_the_report_and_none_that_only_training_needs(
+    student: BEVFormer, package: Path
+) -> None:
+    read = read_package(package)
+    graph = onnx.load_from_string(read.model).graph
+    packed = sum(int(np.prod(t.dims)) for t in graph.initializer if t.data_type == TensorProto.INT4)
+    listed = [layer for layer in read.quantisation["layers"] if layer["weight_bits"] == 4]
+    assert packed == sum(int(np.prod(layer["shape"])) for layer in listed)
+    assert "pts_bbox_head.cls_branches.0" in read.quantisation["left_out"]
+
+
 def test_two_exports_are_the_same_bytes(master: bytes, package: Path) -> None:
     assert read_package(package).model == master
 
