@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def load_model(path: str | Path) -> tuple[Any, Variant, dict[str, Any]]:
         from qdbev_train.quantization import QuantConfig, float_tables, quantise_model
 
         config = float_tables(QuantConfig.from_dict(metadata["quantisation"]), tensors)
-        metadata["quantisation"] = config.to_dict()
+        metadata["quantisation"]["overrides"] = [asdict(override) for override in config.overrides]
         model = quantise_model(model, config)
     try:
         load_bevformer_checkpoint(model, tensors)
