@@ -25,9 +25,9 @@ lint: ## ruff and mypy
 	@scripts/setup.sh test
 	@$(ENV) && ruff check . && ruff format --check . && mypy
 
-bench: ## time and memory of the float models, PyTorch beside ONNX Runtime; leaves out/bench.json
+bench: ## time and memory of nano and tiny on every engine of this machine, in turns; leaves out/bench.json
 	@scripts/setup.sh test
-	@$(ENV) && python benchmarks/float_model.py
+	@$(ENV) && python benchmarks/engines.py
 
 study: ## what each step of the compression is worth: data, teacher, every row, tables and plots in docs/study; resumable
 	@scripts/setup.sh test

@@ -252,7 +252,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--repeats", type=int, default=3, help="runs of nano and tiny after a warm-up (default: 3)"
     )
-    parser.add_argument("--json", type=Path, default=ROOT / "out" / "bench.json", metavar="FILE")
+    parser.add_argument("--json", type=Path, default=ROOT / "out" / "float_bench.json", metavar="FILE")
     args = parser.parse_args(arguments)
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")

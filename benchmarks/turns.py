@@ -21,19 +21,22 @@ from typing import Any
 
 from qdbev_ros.core.errors import DataError
 
-Turns = Iterator[None]
+# A turn is a dictionary, empty at first: a job may add the seconds of its parts, by name.
+Parts = dict[str, list[float]]
+Turns = Iterator[Parts]
 
 
 @dataclass
 class Row:
-    """One measured thing: seconds of its runs, by the clock and of all its threads together, floating point operations
-    of one run, peak memory in MiB."""
+    """One measured thing: seconds of its runs, by the clock and of all its threads together, and of their parts where
+    it has any; floating point operations of one run, peak memory in MiB."""
 
     variant: str
     engine: str
     stage: str
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    parts: Parts = field(default_factory=dict)
     flops: float = 0.0
     peak_mb: float = 0.0
 
@@ -85,6 +88,8 @@ class Worker:
         answer = self._answer()
         self.row.seconds.append(answer["seconds"])
         self.row.cpu_seconds.append(answer["cpu_seconds"])
+        for part, seconds in answer["parts"].items():
+            self.row.parts.setdefault(part, []).extend(seconds)
         self.row.flops = self.row.flops or answer["flops"]
         self.row.peak_mb = answer["peak_mb"]
 
@@ -94,7 +99,7 @@ class Worker:
         self._process.wait()
         self._errors.close()
 
-    def _answer(self) -> dict[str, float]:
+    def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -117,7 +122,7 @@ def serve(job: Callable[[Turns], None], uses_torch: bool, counted: bool) -> None
 
         torch.set_num_threads(cores())
 
-    def answer(**data: float) -> None:
+    def answer(**data: float | Parts) -> None:
         print(json.dumps(data), file=answers, flush=True)
 
     def turns() -> Turns:
@@ -127,11 +132,12 @@ def serve(job: Callable[[Turns], None], uses_torch: bool, counted: bool) -> None
                 with suppress(OSError):  # not everywhere allowed; the peak then counts from the start
                     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
             with flop_counter() if uses_torch and counted and number == 0 else nullcontext() as counter:
+                parts: Parts = {}
                 begin, busy = time.perf_counter(), time.process_time()
-                yield
+                yield parts
                 seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - busy
             flops = counter.get_total_flops() if counter is not None else 0
-            answer(seconds=seconds, cpu_seconds=cpu_seconds, flops=flops, peak_mb=peak_mb())
+            answer(seconds=seconds, cpu_seconds=cpu_seconds, parts=parts, flops=flops, peak_mb=peak_mb())
 
     job(turns())
 
