@@ -148,7 +148,7 @@ def test_an_unfinished_evaluation_of_another_model_is_not_gone_on_with(
 ) -> None:
     (tmp_path / "r.json.scenes").write_text('{"model": "0", "data root": "x", "version": "v1.0-mini"}\n')
     assert evaluate(random_checkpoint, small_root, "--results", str(tmp_path / "r.json")) == 2
-    assert "unfinished evaluation of another model, data root; remove it" in capsys.readouterr().err
+    assert "unfinished evaluation of another model, engine, data root; remove it" in capsys.readouterr().err
 
 
 def test_without_annotations_there_is_a_file_for_the_server_and_no_score(

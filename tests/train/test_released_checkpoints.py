@@ -251,7 +251,7 @@ def test_an_imported_model_is_scored_and_packed(
     assert run(capsys, "export", imported, package, "--scores", scores)[0] == 0
     code, out, _ = run(capsys, "inspect", package)
     assert code == 0
-    assert '"file": "a.pth"' in out  # where the weights came from travels along
+    assert 'file: "a.pth"' in out  # where the weights came from travels along
 
 
 def test_an_imported_model_is_compressed_and_trained_on(
