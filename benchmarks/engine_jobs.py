@@ -33,8 +33,11 @@ from qdbev_ros.engine.stage_outputs import with_stage_outputs
 from qdbev_ros.engine.stages import split
 
 OURS = "ours W4A6"
+# PyTorch's own memory layout, which BEVFormer runs in; our model takes the faster one.
+PLAIN_TORCH = "torch eager, NCHW"
 # Engine -> whether it runs the W4A6 package; the others run the float model.
 ENGINES = {
+    PLAIN_TORCH: False,
     "torch eager": False,
     "torch.compile": False,
     "ONNX Runtime float": False,
@@ -103,7 +106,7 @@ def open_engine(name: str, package: Path, models: Path) -> tuple[Engine, Backbon
         return Engine(content, runner), _openvino_backbone(content)
     if name == "ONNX Runtime float":
         return Engine(content, PlainRunner(content.model)), _plain_backbone(content)
-    torch_runner = TorchRunner(models / FLOAT_MODEL, compiled=name == "torch.compile")
+    torch_runner = TorchRunner(models / FLOAT_MODEL, name)
     return Engine(content, torch_runner), torch_runner.backbone
 
 
@@ -112,7 +115,7 @@ class TorchRunner:
 
     turns_memory, stage_outputs, picture_grid = False, False, None
 
-    def __init__(self, path: Path, compiled: bool) -> None:
+    def __init__(self, path: Path, name: str) -> None:
         import torch
 
         from qdbev_train.checkpoint import load_model
@@ -120,7 +123,9 @@ class TorchRunner:
         self._torch = torch
         self._model, variant, _ = load_model(path)
         self._model.requires_grad_(False)
-        if compiled:
+        if name == PLAIN_TORCH:
+            self._model.image_features = self._plain_features
+        elif name == "torch.compile":
             self._model.image_features = torch.compile(self._model.image_features)
             head = self._model.pts_bbox_head
             head.encode, head.decode = torch.compile(head.encode), torch.compile(head.decode)
@@ -136,6 +141,12 @@ class TorchRunner:
     def backbone(self) -> None:
         with self._torch.inference_mode():
             self._model.image_features(self._pictures)
+
+    def _plain_features(self, images: Any) -> list[Any]:
+        """As BEVFormer.image_features, channels outermost."""
+        flat = images.flatten(0, 1)
+        features = self._model.img_neck(self._model.img_backbone(flat))
+        return [f.reshape(*images.shape[:2], *f.shape[1:]) for f in features]
 
 
 class PlainRunner:
