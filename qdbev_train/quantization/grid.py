@@ -61,7 +61,7 @@ class _FakeQuantise(torch.autograd.Function):
         codes = torch.round(ratio)
         inside = (codes >= low) & (codes <= high)
         slope = torch.where(inside, codes - ratio, codes.clamp(low, high))
-        pulls = (grad * slope).sum_to_size(scale.shape) * _step_factor(x, float(high))
+        pulls = (grad * slope).sum_to_size(scale.shape) * _step_factor(x, high)
         return grad * inside, pulls, None, None
 
     @staticmethod
@@ -69,9 +69,12 @@ class _FakeQuantise(torch.autograd.Function):
         return g.op("qdbev::FakeQuantise", x, scale, low, high).setType(x.type())
 
 
-def _step_factor(x: Tensor, high: float) -> float:
-    """Esser et al. 2020: without it a step, which all of a tensor pulls at, would outrun the weights."""
-    return float((high * x[0].numel()) ** -0.5)
+def _step_factor(x: Tensor, high: Any) -> Any:
+    """Esser et al. 2020: without it a step, which all of a tensor pulls at, would outrun the weights.
+
+    A tensor where `high` is one, so that no device has to be waited for.
+    """
+    return (high * x[0].numel()) ** -0.5
 
 
 def fake_quantise(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:

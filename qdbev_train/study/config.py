@@ -78,7 +78,7 @@ class StudyConfig:
         raw = _merged(copy.deepcopy(self.base), job.row.change, job.row.name)
         raw |= {"seed": job.seed, "out": str(self.folder(job)), "evaluation": None, "stages_from": ""}
         if job.row.stages_of:
-            raw["stages_from"] = str(Path(self.out) / f"{job.row.stages_of}_seed{job.seed}")
+            raw["stages_from"] = str(Path(self.out) / _job_name(job.row.stages_of, job.seed))
         return compression(raw, f"{self.source}: row {job.row.name!r}")
 
 
@@ -91,7 +91,11 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.row.name}_seed{self.seed}"
+        return _job_name(self.row.name, self.seed)
+
+
+def _job_name(row: str, seed: int) -> str:
+    return f"{row}_seed{seed}"
 
 
 def read_study(path: str | Path) -> StudyConfig:

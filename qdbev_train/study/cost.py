@@ -16,7 +16,8 @@ from qdbev_ros.core.variant import CAMERAS, Variant
 from qdbev_train.export.package import export_package
 from qdbev_train.model import BEVFormer, build_model
 from qdbev_train.quantization import QuantConfig, quantise_model
-from qdbev_train.quantization.layers import ActivationQuantiser, QuantisedLayer
+from qdbev_train.quantization.calibrate import in_float
+from qdbev_train.quantization.layers import QuantisedLayer
 from qdbev_train.quantization.report import describe
 
 FLOAT_BITS = 32
@@ -52,14 +53,12 @@ def layer_products(variant: Variant, lidar2img: Tensor) -> dict[str, int]:
         counts[name] = counts.get(name, 0) + output.numel() * module.weight[0].numel()
 
     for name, module in model.named_modules():
-        if isinstance(module, (ActivationQuantiser, QuantisedLayer)):
-            module.active = False
         if isinstance(module, (QuantisedLayer, nn.Linear, nn.Conv2d)):
             hook: Callable[..., None] = partial(add, name)
             module.register_forward_hook(hook)
     image = variant.image
     pictures = torch.zeros(1, len(CAMERAS), 3, image.padded_height, image.padded_width)
-    with torch.inference_mode():
+    with torch.inference_mode(), in_float(model.modules()):
         model(pictures, lidar2img[None], torch.zeros(1, 18), None)
     return counts
 

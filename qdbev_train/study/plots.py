@@ -57,11 +57,12 @@ def draw_curves(config: StudyConfig, path: Path) -> None:
     figure, axes = _axes(9, 5)
     marks: dict[int, str] = {}
     for row in config.rows:
-        folder = Path(config.out) / f"{row.name}_seed{row.seeds[0]}"
+        job = Job(row, row.seeds[0])
+        folder = config.folder(job)
         if row.name == FLOAT or row.name not in CURVES or not (folder / "model.safetensors").is_file():
             continue
         stages = _stages(folder)
-        steps, values = _curve(config, Job(row, row.seeds[0]), stages)
+        steps, values = _curve(config, job, stages)
         window = max(1, round(SMOOTHED * len(values)))
         mean = np.convolve(values, np.full(window, 1 / window), "valid")
         axes.plot(steps[window - 1 :], mean, linewidth=1.6, label=row.name)
