@@ -4,51 +4,38 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
 from qdbev_ros.core.errors import ConfigError
-from qdbev_ros.core.variant import BackboneSpec
-from qdbev_ros.engine.lowering import lower_u8
-from qdbev_train.export.graph import INPUTS, export_master
-from qdbev_train.model import BEVFormer, build_model
-from qdbev_train.model.dcn import ModulatedDeformConv2d
+from qdbev_train.export.graph import export_master
+from qdbev_train.model import BEVFormer
 from qdbev_train.model.layers import conv_bn, frozen_batchnorm
-from qdbev_train.model.resnet import ResNet
 from qdbev_train.quantization import (
     PARTS,
     STRICT,
     QuantConfig,
     freeze_ranges,
-    kernels,
     post_training_quantise,
     quantise_model,
     settle_scales,
 )
-from qdbev_train.quantization.calibrate import in_float, run_batch
-from qdbev_train.quantization.convolutions import quantise_convolutions
+from qdbev_train.quantization.calibrate import run_batch
 from qdbev_train.quantization.grid import code_range, fake_quantise
 from qdbev_train.quantization.layers import (
     ActivationQuantiser,
     QuantisedConv2d,
-    QuantisedDeformConv2d,
     QuantisedLayer,
     QuantisedLinear,
 )
 from qdbev_train.quantization.ranges import Histogram, activation_scale, weight_scales
 from qdbev_train.quantization.report import describe
-from tests.model_samples import small_variant as sample_variant
-from tests.model_samples import unsettle
 from tests.quantisation_samples import frames, small_model, small_variant
-from tests.unit.test_lowering import plain_session
 
 RUNNING = QuantConfig(weight_range="minmax", activation_range="minmax", scales="running")
 LEARNED = QuantConfig(scales="learned")
@@ -367,117 +354,3 @@ def test_strict_leaves_nothing_out_but_what_engines_compute_once() -> None:
 
 def describe_uncalibrated(student: BEVFormer, config: QuantConfig) -> list[dict[str, object]]:
     return describe(student, config)["exceptions"]
-
-
-# --- deformable convolutions ---------------------------------------------------------------------------------------
-def deformable_backbone() -> ResNet:
-    """The first stage of a ResNet-50 alone, its 3x3 convolutions deformable, no offset zero."""
-    torch.manual_seed(0)
-    backbone = ResNet(BackboneSpec("resnet", 50, "caffe", (1,), (1,), 1)).eval()
-    with torch.no_grad():
-        for module in backbone.modules():
-            if isinstance(module, ModulatedDeformConv2d):
-                module.conv_offset.weight.normal_(0, 0.02)
-                module.conv_offset.bias.normal_(0, 0.3)
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_var.uniform_(0.5, 1.5)
-                module.running_mean.normal_(0, 0.1)
-    return backbone
-
-
-def test_deformable_convolutions_are_quantised_with_finer_offsets() -> None:
-    backbone = deformable_backbone()
-    pictures = torch.randn(1, 3, 24, 40, generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        wanted = backbone(pictures)[0]
-    student = quantise_convolutions(backbone, "img_backbone", QuantConfig(), None, None).eval()
-    deformable = [m for m in student.modules() if isinstance(m, QuantisedDeformConv2d)]
-    assert len(deformable) == 3
-    for layer in deformable:
-        assert (layer.bits, layer.input_quantiser.bits) == (4, 6)
-        assert (layer.conv_offset.bits, layer.conv_offset.input_quantiser.bits) == (7, 8)
-    quantisers = [m for m in student.modules() if isinstance(m, ActivationQuantiser)]
-    with torch.no_grad(), in_float(student.modules()):
-        torch.testing.assert_close(student(pictures)[0], wanted, rtol=1e-4, atol=1e-4)
-        for quantiser in quantisers:
-            quantiser.histogram = Histogram()
-        student(pictures)
-    for quantiser in quantisers:
-        if quantiser.non_negative is None:
-            quantiser.set_sign(signed=quantiser.histogram.negative)
-        codes = (int(quantiser.low), int(quantiser.high))
-        quantiser.scale.fill_(activation_scale(quantiser.histogram, codes, "mse", 99.9, quantiser.limit))
-        quantiser.histogram = None
-    for layer in student.modules():
-        if isinstance(layer, QuantisedLayer):
-            layer.fit_scale("mse")
-    out = student(pictures)[0]
-    assert float((out - wanted).detach().square().mean()) < 0.1 * float(wanted.square().mean())
-    out.sum().backward()
-    assert all(layer.weight.grad.abs().sum() > 0 for layer in deformable)
-    assert all(layer.conv_offset.weight.grad.abs().sum() > 0 for layer in deformable)
-
-
-@torch.no_grad()
-def test_a_model_with_deformable_convolutions_exports_to_the_same_function() -> None:
-    variant = replace(sample_variant(), backbone=BackboneSpec("resnet", 50, "caffe", (1,), (1,), 1))
-    torch.manual_seed(0)
-    model = build_model(variant).eval()
-    unsettle(model)
-    student = post_training_quantise(model, frames(model, 2), QuantConfig(weight_rounding="nearest"))
-    kinds = {e["name"]: e["kind"] for e in describe(student, QuantConfig())["layers"]}
-    assert kinds["img_backbone.layer1.0.conv2"] == "deformable convolution"
-    batch = frames(student, 1)[0]
-    tables = student.camera_tables(batch.lidar2img)
-    history = student.align_history(batch.can_bus, None, None)
-    views = (tables.points, tables.cells, tables.slots, tables.weights)
-    inputs = (batch.images, *views, batch.can_bus, *history)
-    wanted = student.forward_tensors(*inputs)
-    session = plain_session(lower_u8(export_master(student, variant)).SerializeToString())
-    names = {i.name for i in session.get_inputs()}
-    feeds = {n: t.numpy() for n, t in zip(INPUTS, inputs, strict=True) if n in names}
-    logits, boxes, bev = session.run(None, feeds)
-    assert abs(logits - wanted.class_logits[-1, 0].numpy()).max() < 1e-3
-    assert abs(boxes - wanted.boxes[-1, 0].numpy()).max() < 1e-3
-    assert abs(bev - wanted.bev[0].numpy()).max() < 1e-3
-
-
-@given(
-    values=hnp.arrays(np.float32, st.integers(1, 9000), elements=st.floats(-100, 100, width=32)),
-    scale=st.floats(0.015625, 8.0, width=32),
-    signed=st.booleans(),
-)
-@settings(max_examples=40, deadline=None)
-def test_the_fused_kernels_give_what_torch_gives_op_by_op(
-    values: np.ndarray, scale: float, signed: bool
-) -> None:
-    low, high = (torch.tensor(float(code)) for code in code_range(6, signed))
-    results = []
-    for fused in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "applies_to", lambda *_, fused=fused: fused)
-            x = torch.from_numpy(values.copy()).requires_grad_()
-            step = torch.tensor(scale, requires_grad=True)
-            out = fake_quantise(x, step, low, high)
-            out.backward(torch.linspace(-1, 1, len(values)))
-        results.append((out.detach(), x.grad, step.grad))
-    (out, grad, slope), (wanted_out, wanted_grad, wanted_slope) = results
-    assert torch.equal(out, wanted_out)
-    assert torch.equal(grad, wanted_grad)
-    torch.testing.assert_close(slope, wanted_slope, rtol=1e-3, atol=1e-3)
-
-
-def test_the_fused_kernels_keep_nan_and_take_half_precision_and_strided_tensors() -> None:
-    low, high = torch.tensor(-32.0), torch.tensor(31.0)
-    forgotten = fake_quantise(torch.ones(5), torch.tensor(float("nan")), low, high)
-    assert forgotten.isnan().all()
-    x = torch.randn(6, 4, 3, 5).permute(0, 2, 3, 1)
-    assert kernels.applies_to(x, torch.tensor(0.1))
-    wanted = torch.round(x / 0.1).clamp(-32, 31) * 0.1
-    torch.testing.assert_close(fake_quantise(x, torch.tensor(0.1), low, high), wanted)
-    half = x.bfloat16().requires_grad_()
-    out = fake_quantise(half, torch.tensor(0.1), low, high)
-    out.sum().backward()
-    assert out.dtype == torch.float32
-    assert half.grad is not None
-    assert half.grad.dtype == torch.bfloat16
