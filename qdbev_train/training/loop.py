@@ -115,6 +115,7 @@ def train(
     plan = make_plan(config, data.samples, fabric.world_size)
     module = fabric.setup_module(objective) if fabric.world_size > 1 else objective
     batches = data.open(state.step, fabric.global_rank, fabric.world_size)
+    stopped = False
     with StopRequest() as stop, run.progress(plan.steps) as progress:
         for *history, batch in islice(batches, plan.steps - state.step):
             if history:
@@ -139,7 +140,8 @@ def train(
             if due:
                 run.evaluate()
     run.close()
-    if state.step < plan.steps:
+    # In the last step too: whoever stops a stage doesn't want the next one.
+    if stopped:
         run.give_up(plan.steps)
     return run.model_file
 

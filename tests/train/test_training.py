@@ -117,6 +117,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> Non
     assert curves[0] == curves[1]
 
 
+def test_a_stop_in_the_last_step_is_a_stop_and_the_model_is_there(tmp_path: Path) -> None:
+    """Else a compression would go on with the next stage."""
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 6 of 6"):
+        run(tmp_path, stop_at=5)
+    model_file = run(tmp_path)
+    assert load_model(model_file)[2]["provenance"]["steps"] == 6
+
+
 def test_what_is_remembered_matters_to_the_curve(tmp_path: Path) -> None:
     """Else the test above would not show that the memory is kept."""
     run(tmp_path, learning_rate=1e-3)
