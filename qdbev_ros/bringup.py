@@ -62,7 +62,12 @@ ARGUMENTS = (
         "sets that may wait for the engine; the bag then waits, too, so that every set is answered; empty: as in "
         "the parameter file, and the bag plays in real time",
     ),
-    Argument("rviz", "false", "show the result in rviz2", BOOLEAN),
+    Argument(
+        "rviz",
+        "false",
+        "show boxes, ground truth, images and transforms in rviz2; ticking Overlay there has the node draw it",
+        BOOLEAN,
+    ),
     Argument("record", "", "file to record results, transforms and annotations into, OUT.mcap; empty: none"),
     Argument("record_images", "false", "record the camera images, too", BOOLEAN),
     Argument("use_sim_time", "false", "take the time from the bag (/clock)", BOOLEAN),
@@ -191,10 +196,15 @@ def _player(values: dict[str, str], preset: TopicPreset) -> Process:
 
 
 def _rviz(preset: TopicPreset, sim_time: dict[str, str | bool | int | float]) -> Process:
-    # RViz tells the transport from the last part of a topic's name, which must be "compressed".
-    remappings = tuple((f"/{camera}/image_rect/compressed", preset.image_topic(camera)) for camera in CAMERAS)
-    view = str(config_folder() / "qdbev.rviz")
-    return Process("rviz2", "rviz2", "rviz2", sim_time, arguments=("-d", view), remappings=remappings)
+    # RViz tells the transport from the last part of a topic's name: "compressed", or anything else for raw pictures.
+    compressed = preset.image_type == "compressed"
+    shown = "/{}/image_rect/compressed" if compressed else "/{}/image_rect"
+    remappings = [(shown.format(camera), preset.image_topic(camera)) for camera in CAMERAS]
+    if preset.annotations:
+        remappings.append(("/annotations", preset.annotations))
+    view = str(config_folder() / ("qdbev.rviz" if compressed else "qdbev_raw.rviz"))
+    arguments = ("-d", view, "-f", preset.fixed_frame)
+    return Process("rviz2", "rviz2", "rviz2", sim_time, arguments=arguments, remappings=tuple(remappings))
 
 
 def _transport(environment: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:

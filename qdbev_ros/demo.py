@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from qdbev_ros.bringup import DETECTOR
-from qdbev_ros.core.boxes import Boxes
+from qdbev_ros.core.boxes import Boxes, empty_boxes
 from qdbev_ros.core.drawing import draw_overview
 from qdbev_ros.core.errors import DataError, QdbevError
 from qdbev_ros.core.matching import MATCH_DISTANCE, match_boxes
@@ -35,7 +35,6 @@ from qdbev_ros.ros.diagnostics import PIPELINE
 from qdbev_ros.ros.domain import free_domain
 from qdbev_ros.ros.presets import TopicPreset, load_preset
 from qdbev_ros.ros.recording import (
-    empty_boxes,
     open_recording,
     read_detections,
     read_sets,

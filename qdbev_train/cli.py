@@ -29,6 +29,7 @@ COMMANDS = (
     "qdbev_ros.bench_command",
     "qdbev_ros.doctor_command",
     "qdbev_ros.foxglove_command",
+    "qdbev_ros.rerun_command",
 )
 
 

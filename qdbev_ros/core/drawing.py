@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 
 from qdbev_ros.core.boxes import Boxes
-from qdbev_ros.core.geometry import Array
-from qdbev_ros.core.preprocess import Picture
-from qdbev_ros.core.variant import CLASSES
+from qdbev_ros.core.geometry import Array, CameraCalibration
+from qdbev_ros.core.preprocess import Picture, RawPicture, decode_picture, shrink_raw
+from qdbev_ros.core.variant import CLASSES, ImageSpec
 
 Color = tuple[int, int, int]
 
@@ -42,6 +42,9 @@ FOOTER, HEADER, MARGIN = 66, 40, 4
 BEV_RANGE = 51.2  # metres to each side
 NEAR = 0.3  # metres: what is nearer to a camera is cut off
 
+# No more pixels than the panels have are decoded.
+PANEL = ImageSpec(PANEL_HEIGHT, PANEL_WIDTH, 1, "bgr", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "reduced")
+
 # Edges of the box as pairs of `Boxes.corners` indices; the front face is 0, 1, 5, 4.
 EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7))
 FRONT = (0, 1, 5, 4)
@@ -53,6 +56,19 @@ class View:
 
     picture: Picture
     lidar2img: Array
+
+
+def camera_view(
+    picture: bytes | memoryview | RawPicture, calibration: CameraCalibration, lidar2img: Array
+) -> View:
+    """A camera's view, small. lidar2img (4, 4) at the picture's own scale. Raises DataError where it is no picture."""
+    width, height = calibration.width, calibration.height
+    if isinstance(picture, RawPicture):
+        small: Picture = shrink_raw(picture, PANEL)
+    else:
+        small = decode_picture(picture, width, height, PANEL)
+    scale = np.diag([small.shape[1] / width, small.shape[0] / height, 1.0, 1.0])
+    return View(small, scale @ lidar2img)
 
 
 def draw_overview(
@@ -155,10 +171,15 @@ def _box_on_camera(
     if (ends < 0).all(0).any() or (ends > (width, height)).all(0).any():
         return None
     if not dashed and (points[:, 2] >= NEAR).all():
-        face = np.clip(points[list(FRONT), :2] / points[list(FRONT), 2:3], -4 * width, 5 * width)
-        tinted = panel.copy()
-        cv2.fillConvexPoly(tinted, face.astype(np.int32), color, cv2.LINE_AA)
-        cv2.addWeighted(tinted, 0.3, panel, 0.7, 0, panel)
+        face = np.clip(points[list(FRONT), :2] / points[list(FRONT), 2:3], -4 * width, 5 * width).astype(
+            np.int32
+        )
+        (x, y), (right, bottom) = np.clip((face.min(0) - 1, face.max(0) + 2), 0, (width, height))
+        part = panel[y:bottom, x:right]
+        tinted = part.copy()
+        cv2.fillConvexPoly(tinted, face - (x, y), color, cv2.LINE_AA)
+        if part.size:
+            part[:] = cv2.addWeighted(tinted, 0.3, part, 0.7, 0)
     for a, b in segments:
         visible, start, end = cv2.clipLine((0, 0, width, height), _as_pixel(a), _as_pixel(b))
         if visible and dashed:

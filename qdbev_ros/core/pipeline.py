@@ -21,10 +21,12 @@ from qdbev_ros.core.memory import MemoryInput, MemoryPolicy, TemporalMemory
 from qdbev_ros.core.preprocess import (
     Picture,
     PictureGrid,
+    RawPicture,
     decode_picture,
     encode_picture,
     normalise_picture,
     resize_picture,
+    shrink_raw,
 )
 from qdbev_ros.core.projection import lidar_to_image, scale_to_input, stack_lidar2img
 from qdbev_ros.core.variant import CAMERAS, Variant
@@ -71,9 +73,9 @@ class PictureError(DataError):
 
 @dataclass(frozen=True)
 class CameraFrame:
-    """One camera's part: JPEG or PNG bytes, or a (height, width, 3) uint8 BGR picture; ego2global at its stamp."""
+    """One camera's part: JPEG or PNG bytes, or raw pixels; ego2global at its stamp."""
 
-    picture: bytes | memoryview | Picture
+    picture: bytes | memoryview | RawPicture
     calibration: CameraCalibration
     ego2global: Pose
 
@@ -151,15 +153,16 @@ class Pipeline:
         """The camera's picture at the size of the network's input."""
         calibration, picture = camera.calibration, camera.picture
         try:
-            if isinstance(picture, np.ndarray):
-                if picture.shape != (calibration.height, calibration.width, 3):
+            if isinstance(picture, RawPicture):
+                height, width = picture.pixels.shape[:2]
+                if (width, height) != (calibration.width, calibration.height):
                     expected = f"{calibration.width}x{calibration.height}"
-                    raise DataError(f"the picture has shape {picture.shape}, its CameraInfo says {expected}")
-            else:
-                picture = decode_picture(picture, calibration.width, calibration.height, self.variant.image)
+                    raise DataError(f"the picture is {width}x{height} pixels, its CameraInfo says {expected}")
+                return shrink_raw(picture, self.variant.image)
+            decoded = decode_picture(picture, calibration.width, calibration.height, self.variant.image)
         except DataError as error:
             raise PictureError(name, str(error)) from error
-        return resize_picture(picture, self.variant.image)
+        return resize_picture(decoded, self.variant.image)
 
     def _prepare(self, frame: Frame, pictures: dict[str, Picture]) -> NDArray[np.float32]:
         """Fills the input images and returns lidar2img (6, 4, 4); the mean colour and zeros for absent cameras."""

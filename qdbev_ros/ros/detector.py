@@ -19,7 +19,7 @@ from qdbev_ros.core.health import HealthMonitor
 from qdbev_ros.core.latency import StageLatencies
 from qdbev_ros.core.memory import CalibrationWatch, MemoryPolicy
 from qdbev_ros.core.pipeline import CameraFrame, Frame, FrameResult, PictureError, Pipeline
-from qdbev_ros.core.preprocess import Picture
+from qdbev_ros.core.preprocess import RawPicture
 from qdbev_ros.core.synchroniser import SyncCounters
 from qdbev_ros.engine import load_package
 from qdbev_ros.ros.assembly import Job
@@ -29,6 +29,7 @@ from qdbev_ros.ros.diagnostics import PERCENTILES, PipelineReport, pipeline_valu
 from qdbev_ros.ros.inputs import Inputs, picture_of
 from qdbev_ros.ros.messages import Answer
 from qdbev_ros.ros.outputs import Outputs
+from qdbev_ros.ros.overlay import Overlay
 from qdbev_ros.ros.parameters import DetectorParameters
 from qdbev_ros.ros.presets import load_preset
 from qdbev_ros.ros.throttle import Throttled
@@ -53,16 +54,12 @@ class Detector:
         self._lock = threading.Lock()  # the pipeline and its memory
         self._watch = CalibrationWatch()
         self._ego_known = True
-        self._bridge = None
-        if self.preset.image_type == "raw":
-            from cv_bridge import CvBridge
-
-            self._bridge = CvBridge()
         self._report = PipelineReport()
         self._latencies = StageLatencies()
         self._error = Throttled(node.get_logger().error)
         self._warn = Throttled(node.get_logger().warning)
         self._outputs = Outputs(node, self._parameters, self.engine.name)
+        self._overlay = Overlay(node, self._parameters, self.engine.name)
         self._inputs: Inputs | None = None
         self._worker: Worker[Job] | None = None
 
@@ -103,6 +100,7 @@ class Detector:
     def close(self) -> None:
         self.deactivate()
         self._outputs.close()
+        self._overlay.close()
         self._pipeline.close()
 
     def idle(self) -> bool:
@@ -113,7 +111,8 @@ class Detector:
 
     def change(self, parameters: DetectorParameters) -> None:
         """Takes changed parameters, of which only live ones may differ."""
-        self._parameters = self._outputs.parameters = parameters.with_preset(self.preset)
+        self._parameters = parameters.with_preset(self.preset)
+        self._outputs.parameters = self._overlay.parameters = self._parameters
         self._pipeline.memory.policy = _memory_policy(parameters)
         if self._inputs is not None and self._worker is not None:
             self._inputs.configure(self._parameters)
@@ -161,6 +160,7 @@ class Detector:
         self._latencies.add(milliseconds | {stage: seconds * 1e3 for stage, seconds in stages.items()})
         self._tell(answer, now)
 
+        self._overlay.show(job, answer)
     def _answer(self, job: Job) -> tuple[Answer, dict[str, float]]:
         """The boxes of the cameras whose pictures can be used, and each stage's milliseconds."""
         cameras, missing = dict(job.cameras), dict(job.missing)
@@ -209,9 +209,9 @@ class Detector:
                 f"{count} usable cameras, min_cameras is {self._parameters.min_cameras}: {without}"
             )
 
-    def _picture(self, camera: str, message: object) -> memoryview | Picture:
+    def _picture(self, camera: str, message: object) -> memoryview | RawPicture:
         try:
-            return picture_of(message, self._bridge)
+            return picture_of(message)
         except DataError as error:
             raise PictureError(camera, str(error)) from error
 

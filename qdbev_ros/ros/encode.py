@@ -41,8 +41,8 @@ def encode_detections(stamp_ns: int, frame: str, boxes: Boxes) -> bytes:
     writer.add((STAMP, frame, Fixed("I", len(boxes))), stamp)
     # Behind the class: score, pose with a covariance of zeros, centre and size.
     kinds = [(STAMP, frame, Fixed("I", 1), name, Slot("d", 1 + 7 + 36 + 7 + 3), "") for name in CLASSES]
-    pose = box_poses(boxes)
-    values = [boxes.scores[:, None], pose, np.zeros((len(boxes), 36)), pose, lengths_first(boxes)]
+    pose = boxes.poses()
+    values = [boxes.scores[:, None], pose, np.zeros((len(boxes), 36)), pose, boxes.lengths_first()]
     writer.extend(kinds, boxes.labels.tolist(), stamp, np.hstack(values))
     return writer.finish()
 
@@ -62,7 +62,7 @@ def encode_objects(kind: Any, frame: str, boxes: Boxes, model: str, answer: Answ
     writer.add(head, _seconds(answer.stamp_ns), answer.spread_s, memory.age, memory.gap_s)
     kinds = [(name, Slot("f", 1), Slot("d", 7 + 3 + 3), attribute) for name, attribute in MOTIONS]
     moves = np.hypot(*boxes.velocities.T) > MOVING_SPEED
-    values = np.hstack([box_poses(boxes), lengths_first(boxes), _flat(boxes.velocities)])
+    values = np.hstack([boxes.poses(), boxes.lengths_first(), _flat(boxes.velocities)])
     writer.extend(kinds, (2 * boxes.labels + moves).tolist(), boxes.scores[:, None], values)
     return writer.finish()
 
@@ -76,7 +76,7 @@ def encode_markers(stamp_ns: int, frame: str, boxes: Boxes, previous: int, lifet
     markers.writer.add((Fixed("I", len(MARKERS) * max(len(boxes), previous)),))
     center, ones = boxes.centers, np.ones(len(boxes))
     upright = np.column_stack([np.zeros((len(boxes), 6)), ones])
-    markers.add("body", CUBE, np.hstack([box_poses(boxes), lengths_first(boxes)]), PALE)
+    markers.add("body", CUBE, np.hstack([boxes.poses(), boxes.lengths_first()]), PALE)
     nose = boxes.sizes[:, 1:2] / 2 + 0.5
     front = center + nose * _flat(np.column_stack([np.cos(boxes.yaws), np.sin(boxes.yaws)]))
     pose = np.hstack([upright, np.outer(ones, (0.1, 0.0, 0.0))])
@@ -134,17 +134,6 @@ def _marker(frame: str, name: str, kind: int, action: int, points: Fields, text:
     head: Fields = (STAMP, frame, name, Slot("i", 1), Fixed("i", kind), Fixed("i", action))
     look: Fields = (Slot("d", 7 + 3), Slot("f", 4), Slot("i", 2), Fixed("?", False), *points, NOTHING)
     return (*head, *look, "", *no_picture, NOTHING, text, "", "", NOTHING, Fixed("?", False))
-
-
-def box_poses(boxes: Boxes) -> Array:
-    """(K, 7): position, then the quaternion x, y, z, w of the heading; the box's x axis points forward."""
-    half, zero = np.ascontiguousarray(boxes.yaws) / 2, np.zeros(len(boxes))
-    return np.column_stack([boxes.centers, zero, zero, np.sin(half), np.cos(half)])
-
-
-def lengths_first(boxes: Boxes) -> Array:
-    """(K, 3): x length, y width, z height in metres."""
-    return boxes.sizes[:, [1, 0, 2]]
 
 
 def check_definition(kind: Any, sample: bytes) -> None:

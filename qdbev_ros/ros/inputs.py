@@ -9,17 +9,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 from nav_msgs.msg import Odometry
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from tf2_msgs.msg import TFMessage
 
-from qdbev_ros.core.encodings import encoding_problem
+from qdbev_ros.core.encodings import raw_picture
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import Pose
 from qdbev_ros.core.pose_buffer import TransformTree, TransformUnavailable
+from qdbev_ros.core.preprocess import RawPicture
 from qdbev_ros.core.synchroniser import FrameSet, Synchroniser, SyncSettings
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.assembly import Assembler, Frames, Job
@@ -212,17 +212,11 @@ def _sync_settings(parameters: DetectorParameters) -> SyncSettings:
     return SyncSettings(parameters.max_spread, parameters.sync_deadline, anchor=parameters.sync_anchor)
 
 
-def picture_of(message: Any, bridge: Any) -> memoryview | np.ndarray[Any, np.dtype[np.uint8]]:
-    """Compressed bytes as they are; raw images as BGR through cv_bridge. Raises DataError where it cannot."""
+def picture_of(message: Any) -> memoryview | RawPicture:
+    """Compressed bytes or raw pixels, both where they lie. Raises DataError where pixels cannot be used."""
     if isinstance(message, CompressedImage):
         return memoryview(message.data)
-    if problem := encoding_problem(message.encoding):
-        raise DataError(problem)
-    try:
-        return bridge.imgmsg_to_cv2(message, desired_encoding="bgr8")  # type: ignore[no-any-return]
-    except Exception as error:  # cv_bridge raises its own, OpenCV's and KeyError
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"encoding {message.encoding!r} cannot be read: {text}") from error
+    return raw_picture(message.data, message.width, message.height, message.step, message.encoding)
 
 
 def _frame(name: str) -> str:

@@ -34,7 +34,10 @@ class DetectorParameters:
     """Parameters of qdbev_detector."""
 
     model: str = parameter("", "path of the .qdbev package")
-    engine: str = parameter("auto", "inference engine: auto, or a name that the package can run on")
+    engine: str = parameter(
+        "auto",
+        "inference engine: auto (TensorRT where there is one, else ONNX Runtime), onnxruntime, openvino, tensorrt",
+    )
     preset: str = parameter("nuscenes", "topic and frame names: a preset of config/presets, or a YAML file")
     calibration: str = parameter("", "calibration file; what it holds wins over CameraInfo and transforms")
     fixed_frame: str = parameter("", "frame in which the vehicle moves; empty: the preset's")
@@ -86,7 +89,16 @@ class DetectorParameters:
     max_detections: int = parameter(
         300, "most boxes in ~/detections and ~/objects, best first", 1, 300, live=True
     )
-    display_threshold: float = parameter(0.3, "lowest score in ~/markers", 0.0, 1.0, live=True)
+    display_threshold: float = parameter(
+        0.3, "lowest score in ~/markers and in the overlay", 0.0, 1.0, live=True
+    )
+    overlay_rate: float = parameter(
+        5.0,
+        "most pictures a second on ~/overlay/compressed, drawn only for listeners; 0: none",
+        0.0,
+        60.0,
+        live=True,
+    )
     autostart: bool = parameter(
         True, "configure and activate at the start; false: a lifecycle manager does it"
     )

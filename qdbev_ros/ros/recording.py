@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from qdbev_ros.core.boxes import Boxes
-from qdbev_ros.core.drawing import View
+from qdbev_ros.core.boxes import Boxes, empty_boxes
+from qdbev_ros.core.drawing import View, camera_view
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import CameraCalibration, Pose
 from qdbev_ros.core.pose_buffer import TransformTree
-from qdbev_ros.core.preprocess import Picture
 from qdbev_ros.core.projection import lidar_to_image
 from qdbev_ros.core.synchroniser import FrameSet, Synchroniser, SyncSettings
 from qdbev_ros.core.variant import CAMERAS, CLASSES
@@ -28,11 +27,6 @@ CUBE, ADD = 1, 0  # visualization_msgs/Marker
 
 def stamp_ns(header: Any) -> int:
     return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
-
-
-def empty_boxes() -> Boxes:
-    three, one = np.zeros((0, 3)), np.zeros(0)
-    return Boxes(three, three, one, np.zeros((0, 2)), one, np.zeros(0, np.int64))
 
 
 def read_sets(bag: BagReader, preset: TopicPreset) -> list[FrameSet[None]]:
@@ -113,8 +107,6 @@ def read_views(
     frames: tuple[str, str, str],
 ) -> dict[str, View]:
     """The pictures of one set with their projections. frames: fixed, vehicle and model frame."""
-    import cv2
-
     fixed, base, model = frames
     reference = tree.lookup(fixed, base, frame.stamp_ns)
     lidar2ego = tree.lookup(base, model, frame.stamp_ns)
@@ -126,13 +118,12 @@ def read_views(
         stamp = stamp_ns(message.header)
         if stamp != frame.images[camera].stamp_ns or preset.image_type != "compressed":
             continue
-        picture: Picture = cv2.imdecode(np.asarray(message.data), cv2.IMREAD_COLOR)  # type: ignore[assignment]
         info = infos[preset.info_topic(camera)]
         known = check_intrinsics(np.asarray(info.k), np.asarray(info.p), info.width, info.height)
         sensor2ego = tree.lookup(base, message.header.frame_id, stamp)
         calibration = CameraCalibration(camera, known.matrix, known.width, known.height, sensor2ego)
         matrix = lidar_to_image(calibration, lidar2ego, tree.lookup(fixed, base, stamp), reference)
-        views[camera] = View(picture, matrix)
+        views[camera] = camera_view(np.ascontiguousarray(message.data).data, calibration, matrix)
     return views
 
 

@@ -25,19 +25,7 @@ TYPES = STORE.types
 
 MAP, BASE = "map", "base_link"
 
-# red, green, blue of each class's annotations
-COLOURS = {
-    "car": (1.0, 0.6, 0.0),
-    "truck": (1.0, 0.4, 0.2),
-    "construction_vehicle": (0.9, 0.6, 0.3),
-    "bus": (1.0, 0.3, 0.3),
-    "trailer": (1.0, 0.5, 0.5),
-    "barrier": (0.5, 0.5, 0.5),
-    "motorcycle": (1.0, 0.2, 0.6),
-    "bicycle": (0.9, 0.1, 0.2),
-    "pedestrian": (0.2, 0.4, 1.0),
-    "traffic_cone": (0.2, 0.8, 0.8),
-}
+TRUTH_COLOUR = (1.0, 1.0, 1.0)  # red, green, blue; what is detected is coloured by class
 
 
 @dataclass(frozen=True)
@@ -157,7 +145,7 @@ def annotation_markers(frame: Frame, numbers: dict[str, int]) -> Any:
         width, length, height = boxes.sizes[row]
         number = numbers.setdefault(frame.annotations.instances[index], len(numbers))
         pose = Pose(yaw_quaternion(float(boxes.yaws[row])), boxes.centers[row])
-        markers.append(_marker(frame, 0, name, number, pose, (length, width, height), COLOURS[name]))
+        markers.append(_marker(frame, 0, name, number, pose, (length, width, height)))
     return _message("visualization_msgs/msg/MarkerArray", markers=markers)
 
 
@@ -168,9 +156,8 @@ def _marker(
     number: int = 0,
     pose: Pose | None = None,
     scale: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    colour: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> Any:
-    red, green, blue = colour
+    red, green, blue = TRUTH_COLOUR
     return _message(
         "visualization_msgs/msg/Marker",
         header=header(frame.stamp_ns, MAP),

@@ -100,7 +100,7 @@ def test_a_signal_in_the_middle_of_a_bag_ends_everything_cleanly(
     assert (tmp_path / "cut.mcap").exists()
 
 
-def test_raw_images_through_cv_bridge(graph: Graph, package: Path, short_bag: Path, tmp_path: Path) -> None:
+def test_raw_images(graph: Graph, package: Path, short_bag: Path, tmp_path: Path) -> None:
     def decode(topic: str, message: Any) -> Any:
         if not topic.endswith("compressed"):
             return message

@@ -7,7 +7,9 @@ import ast
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +19,7 @@ from qdbev_ros.bringup import ARGUMENTS, command, describe, parse, recorded_topi
 from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.parameters import DetectorParameters, PlayerParameters, RecorderParameters
-from qdbev_ros.ros.presets import config_folder, load_preset
+from qdbev_ros.ros.presets import config_folder, load_preset, preset_names
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
@@ -132,33 +134,64 @@ def test_every_parameter_has_a_text_and_numbers_have_bounds(kind: type) -> None:
             assert item.metadata["low"] <= item.default <= item.metadata["high"]
 
 
-def test_the_rviz_view_shows_what_the_node_and_the_bag_publish() -> None:
-    view = yaml.safe_load((config_folder() / "qdbev.rviz").read_text())["Visualization Manager"]
-    assert view["Global Options"]["Fixed Frame"] == "map"
-    topics = {d["Topic"]["Value"] for d in view["Displays"] if "Topic" in d}
-    images = {f"/{camera}/image_rect/compressed" for camera in CAMERAS}
-    assert topics == {"/qdbev_detector/markers", "/annotations"} | images
-    rviz = bringup._rviz(load_preset("nuscenes"), {})
-    assert {old for old, _ in rviz.remappings} == images
+def rviz_topics(view: str) -> set[str]:
+    manager = yaml.safe_load(Path(view).read_text())["Visualization Manager"]
+    return {d["Topic"]["Value"] for d in manager["Displays"] if "Topic" in d}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_rviz_view_shows_what_node_and_bag_publish_with_any_preset(name: str) -> None:
+    """After remapping; and the transport, the last part of the shown name, is that of the preset's pictures."""
+    preset, rviz = load_preset(name), bringup._rviz(load_preset(name), {})
+    view, remapped = rviz.arguments[1], dict(rviz.remappings)
+    pictures = {t for t in rviz_topics(view) if t.startswith("/CAM_")}
+    assert {t.endswith("/compressed") for t in pictures} == {preset.image_type == "compressed"}
+    shown = {remapped.get(topic, topic) for topic in rviz_topics(view)}
+    ours = {"/qdbev_detector/markers", "/qdbev_detector/overlay/compressed"}
+    assert shown == {*ours, *preset.image_topics(), preset.annotations or "/annotations"}
+    assert set(remapped) <= rviz_topics(view)
+    assert rviz.arguments[2:] == ("-f", preset.fixed_frame)
+
+
+def test_the_rviz_views_of_compressed_and_raw_pictures_differ_in_these_alone() -> None:
+    compressed, raw = (
+        yaml.safe_load((config_folder() / name).read_text()) for name in ("qdbev.rviz", "qdbev_raw.rviz")
+    )
+    for display in compressed["Visualization Manager"]["Displays"]:
+        if display["Name"] in CAMERAS:
+            display["Topic"]["Value"] = display["Topic"]["Value"].removesuffix("/compressed")
+    assert compressed == raw
+
+
+def test_the_overlay_is_off_in_rviz_until_somebody_ticks_it() -> None:
+    displays = yaml.safe_load((config_folder() / "qdbev.rviz").read_text())["Visualization Manager"][
+        "Displays"
+    ]
+    assert [d["Name"] for d in displays if not d["Enabled"]] == ["Overlay"]
+
+
+def foxglove_panels(part: Any, configurations: dict[str, Any]) -> Iterator[str]:
+    """Names of all panels below a part of the layout, those in tabs among them."""
+    if isinstance(part, dict):
+        for side in ("first", "second"):
+            yield from foxglove_panels(part[side], configurations)
+    else:
+        yield part
+        for tab in configurations[part].get("tabs", []):
+            yield from foxglove_panels(tab["layout"], configurations)
 
 
 def test_the_foxglove_layout_shows_what_the_node_and_the_bag_publish() -> None:
     """Every panel has its settings, and every topic is one of the node's or of preset nuscenes."""
     layout = json.loads((config_folder() / "foxglove_layout.json").read_text())
-    panels, topics, waiting = set(), set(), [layout["layout"]]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, str):
-            panels.add(part)
-        else:
-            waiting += [part["first"], part["second"]]
-    assert panels == set(layout["configById"])
-    for panel in layout["configById"].values():
+    panels, topics = layout["configById"], set()
+    assert sorted(foxglove_panels(layout["layout"], panels)) == sorted(panels)
+    for panel in panels.values():
         topics |= set(panel.get("topics", {})) | set(panel.get("imageMode", {}).values())
         topics |= {panel["topicToRender"]} if "topicToRender" in panel else set()
     preset = load_preset("nuscenes")
-    cameras = {*preset.image_topics(), *preset.info_topics()}
-    assert topics == cameras | {"/qdbev_detector/markers", preset.annotations, "/diagnostics"}
+    ours = {"/qdbev_detector/markers", "/qdbev_detector/overlay/compressed", "/diagnostics"}
+    assert topics == {*preset.image_topics(), *preset.info_topics(), preset.annotations, *ours}
 
 
 def test_the_launch_file_declares_nothing_of_its_own() -> None:

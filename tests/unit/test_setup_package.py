@@ -44,7 +44,7 @@ def test_every_ros_package_that_the_node_imports_is_declared() -> None:
     tree = ElementTree.parse(ROOT / "package.xml")
     declared = {element.text for element in tree.iter("exec_depend")}
     imported = {name for source in NODE_SOURCES for name in imports(source)}
-    ros = {n for n in imported if n.endswith("_msgs") or n in ("rclpy", "cv_bridge", "launch", "std_srvs")}
+    ros = {n for n in imported if n.endswith("_msgs") or n in ("rclpy", "launch", "std_srvs")}
     assert not ros - declared
 
 

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bag and the node's answers to it as one Rerun recording (.rrd). Works without a running ROS.
+
+Entities: world (the fixed frame), world/truth, world/ego, world/ego/model/{detections,motion}, world/ego/CAM_X/image.
+Boxes stand in the model frame of their stamp; each camera hangs on the vehicle as it stood at its own picture's stamp.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from qdbev_ros.core.boxes import Boxes
+from qdbev_ros.core.drawing import COLORS, LAYOUT, TRUTH_COLOR
+from qdbev_ros.core.encodings import raw_picture
+from qdbev_ros.core.errors import ConfigError, DataError
+from qdbev_ros.core.geometry import Pose
+from qdbev_ros.core.pose_buffer import TransformTree, TransformUnavailable
+from qdbev_ros.core.variant import CAMERAS, CLASSES
+from qdbev_ros.ros.bags import BagReader
+from qdbev_ros.ros.camera_state import check_intrinsics
+from qdbev_ros.ros.presets import TopicPreset
+from qdbev_ros.ros.recording import read_detections, read_transforms, read_truth, stamp_ns
+
+INSTALL = "pip install --no-deps -r requirements/rerun.txt"
+APPLICATION = "qdbev"
+
+
+def export(
+    bag: BagReader, recording: BagReader, preset: TopicPreset, node: str, threshold: float, out: Path
+) -> Counter[str]:
+    """Writes pictures and ground truth of `bag` and the answers of `recording` to `out`; what it holds, counted.
+
+    Answers below `threshold` are left out. Raises ConfigError without Rerun, DataError where there is nothing to show.
+    """
+    rerun = _rerun()
+    answers = read_detections(recording, node)
+    if not answers:
+        raise DataError(f"recording {recording.path} holds no answers on /{node}/detections")
+    bag.require_cameras(preset)
+    tree = read_transforms(bag)
+    temporary = out.with_name(f".{out.name}")
+    stream = rerun.RecordingStream(APPLICATION, recording_id=bag.path.stem)
+    writer = _Writer(rerun, stream, tree, preset)
+    try:
+        stream.save(temporary, default_blueprint=_blueprint())
+        stream.log("world", rerun.ViewCoordinates.RIGHT_HAND_Z_UP, static=True)
+        for stamp, boxes in sorted(answers.items()):
+            writer.detections(stamp, boxes.select(boxes.scores >= threshold))
+        for stamp, boxes in sorted(read_truth(bag, preset.annotations).items() if preset.annotations else ()):
+            writer.truth(stamp, boxes)
+        writer.pictures(bag)
+        stream.disconnect()
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return writer.counts
+
+
+class _Writer:
+    """Logs entities at their stamps, and counts them."""
+
+    def __init__(self, rerun: ModuleType, stream: Any, tree: TransformTree, preset: TopicPreset) -> None:
+        self.counts: Counter[str] = Counter()
+        self._rerun: Any = rerun
+        self._stream = stream
+        self._tree = tree
+        self._preset = preset
+
+    def detections(self, stamp: int, boxes: Boxes) -> None:
+        """Boxes in the model frame, and arrows for the motion in one second."""
+        rerun, preset = self._rerun, self._preset
+        self._ego(stamp)
+        self._place("world/ego/model", preset.base_frame, preset.model_frame, stamp)
+        colors = np.array([COLORS[CLASSES[label]][::-1] for label in boxes.labels], np.uint8).reshape(-1, 3)
+        labels = [f"{CLASSES[label]} {score:.2f}" for label, score in zip(boxes.labels, boxes.scores)]
+        self._boxes("world/ego/model/detections", boxes, colors, labels)
+        motion = np.column_stack([boxes.velocities, np.zeros(len(boxes))])
+        arrows = rerun.Arrows3D(origins=boxes.centers, vectors=motion, colors=colors)
+        self._stream.log("world/ego/model/motion", arrows)
+        self.counts["sets"] += 1
+        self.counts["detections"] += len(boxes)
+
+    def truth(self, stamp: int, boxes: Boxes) -> None:
+        """Annotated boxes in the fixed frame."""
+        self._time(stamp)
+        colors = np.tile(np.array(TRUTH_COLOR, np.uint8), (len(boxes), 1))
+        self._boxes("world/truth", boxes, colors, [CLASSES[label] for label in boxes.labels])
+        self.counts["annotations"] += len(boxes)
+
+    def pictures(self, bag: BagReader) -> None:
+        """Every camera's pictures, with calibration and place at their own stamps."""
+        preset, rerun = self._preset, self._rerun
+        infos = {topic: message for topic, _, message in bag.messages(preset.info_topics())}
+        cameras = {preset.image_topic(camera): camera for camera in CAMERAS}
+        messages = bag.messages(list(cameras))
+        total = sum(bag.counts[topic] for topic in cameras)
+        for topic, _, message in tqdm(messages, "pictures", total, disable=None):
+            camera, stamp = cameras[topic], stamp_ns(message.header)
+            info = infos[preset.info_topic(camera)]
+            known = check_intrinsics(np.asarray(info.k), np.asarray(info.p), info.width, info.height)
+            frame = preset.image_frame(camera, message.header.frame_id)
+            self._ego(stamp)
+            self._place(f"world/ego/{camera}", preset.base_frame, frame, stamp)
+            entity = f"world/ego/{camera}/image"
+            size = [known.width, known.height]
+            self._stream.log(entity, rerun.Pinhole(image_from_camera=known.matrix, resolution=size))
+            data, kind = _encoded(message, preset.image_type)
+            self._stream.log(entity, rerun.EncodedImage(contents=data, media_type=kind))
+            self.counts["pictures"] += 1
+
+    def _boxes(self, entity: str, boxes: Boxes, colors: Any, labels: list[str]) -> None:
+        turned = boxes.poses()[:, 3:]
+        self._stream.log(
+            entity,
+            self._rerun.Boxes3D(
+                centers=boxes.centers, half_sizes=boxes.lengths_first() / 2, quaternions=turned, colors=colors,
+                labels=labels, show_labels=False,
+            ),
+        )  # fmt: skip
+
+    def _ego(self, stamp: int) -> None:
+        """The vehicle's place; it stays where it was when nothing says where it is."""
+        self._time(stamp)
+        try:
+            self._place("world/ego", self._preset.fixed_frame, self._preset.base_frame, stamp)
+        except TransformUnavailable:
+            self.counts["stamps without ego motion"] += 1
+
+    def _place(self, entity: str, parent: str, child: str, stamp: int) -> None:
+        pose: Pose = self._tree.lookup(parent, child, stamp)
+        w, x, y, z = pose.rotation
+        placed = self._rerun.Transform3D(translation=pose.translation, quaternion=[x, y, z, w])
+        self._stream.log(entity, placed)
+
+    def _time(self, stamp: int) -> None:
+        self._stream.set_time("stamp", timestamp=np.datetime64(stamp, "ns"))
+
+
+def _encoded(message: Any, image_type: str) -> tuple[bytes, str]:
+    """A picture's bytes and media type; raw ones become JPEG."""
+    if image_type == "compressed":
+        data = bytes(np.asarray(message.data))
+        return data, "image/png" if data[:4] == b"\x89PNG" else "image/jpeg"
+    picture = raw_picture(message.data, message.width, message.height, message.step, message.encoding)
+    pixels = picture.pixels[:, :, 2::-1] if picture.red_first else picture.pixels[:, :, :3]
+    return cv2.imencode(".jpg", np.ascontiguousarray(pixels))[1].tobytes(), "image/jpeg"
+
+
+def _blueprint() -> Any:
+    """Cameras as on a wall, boxes projected into them, beside the world."""
+    views: Any = importlib.import_module("rerun.blueprint")
+    contents = ["$origin/**", "/world/ego/model/**", "/world/truth"]
+    pictures = [
+        views.Spatial2DView(origin=f"/world/ego/{camera}/image", name=camera, contents=contents)
+        for row in LAYOUT
+        for camera in row
+    ]
+    world = views.Spatial3DView(origin="/world", name="world")
+    grid = views.Grid(*pictures, grid_columns=3)
+    return views.Blueprint(views.Vertical(grid, world, row_shares=[1, 1]), collapse_panels=True)
+
+
+def _rerun() -> ModuleType:
+    try:
+        return importlib.import_module("rerun")
+    except ImportError as error:
+        raise ConfigError(f"Rerun is not installed ({error}): {INSTALL}") from error

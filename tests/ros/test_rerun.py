@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qdbev rerun`: what is read back from the .rrd file is what bag and answers hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from qdbev_msgs.msg import DetectedObjectArray
+
+from qdbev_ros.core.boxes import Boxes
+from qdbev_ros.core.drawing import COLORS
+from qdbev_ros.core.memory import MemoryInput
+from qdbev_ros.core.variant import CAMERAS, CLASSES
+from qdbev_ros.ros.bags import BagReader, BagWriter
+from qdbev_ros.ros.encode import encode_detections, encode_objects
+from qdbev_ros.ros.messages import Answer
+from qdbev_train.cli import main
+from tests.ros.drive import LIDAR2EGO, PERIOD_NS, START_NS, ego_pose
+
+dataframe = pytest.importorskip("rerun.dataframe", reason="Rerun is not installed")
+
+STAMPS = [START_NS + i * PERIOD_NS for i in range(4)]
+NODE = "/qdbev_detector"
+
+
+def two_boxes(x: float) -> Boxes:
+    """A bus that moves and a cone whose score is below what is shown."""
+    return Boxes(
+        np.array([[x, 20.0, 0.5], [x, 5.0, 0.0]]), np.array([[2.5, 11.0, 3.0], [0.4, 0.4, 0.8]]),
+        np.array([np.pi / 2, 0.0]), np.array([[1.0, 5.0], [0.0, 0.0]]), np.array([0.75, 0.1]),
+        np.array([CLASSES.index("bus"), CLASSES.index("traffic_cone")]),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a node would have answered to the short bag."""
+    path = tmp_path_factory.mktemp("rerun") / "answers.mcap"
+    writer, memory = BagWriter(path), MemoryInput(np.zeros(18, np.float32), None, 0, 0.0, None)
+    writer.add_topic(f"{NODE}/detections", "vision_msgs/msg/Detection3DArray")
+    writer.add_topic(f"{NODE}/objects", "qdbev_msgs/msg/DetectedObjectArray")
+    for index, stamp in enumerate(STAMPS):
+        boxes = two_boxes(float(index))
+        answer = Answer(stamp, 0.03, boxes, CAMERAS, {}, None, memory)
+        writer.write(f"{NODE}/detections", stamp, encode_detections(stamp, "LIDAR_TOP", boxes))
+        objects = encode_objects(DetectedObjectArray, "LIDAR_TOP", boxes, "nano", answer)
+        writer.write(f"{NODE}/objects", stamp, objects)
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(short_bag: Path, recording: Path) -> tuple[dict[str, int], Any]:
+    """The counts of the command, and the recording as it is read back."""
+    out, counts = recording.with_name("drive.rrd"), recording.with_name("counts.json")
+    assert main(["rerun", str(short_bag), str(recording), str(out), "--json", str(counts)]) == 0
+    return json.loads(counts.read_text()), dataframe.load_recording(out)
+
+
+def column(recording: Any, entity: str, component: str) -> tuple[list[int], list[Any]]:
+    """Stamps in ns and values of one component of one entity."""
+    found = recording.view(index="stamp", contents=entity).select().read_all()
+    name = next(n for n in found.schema.names if n.endswith(component) and n.startswith(entity + ":"))
+    rows = [
+        (stamp.value if hasattr(stamp, "value") else stamp, value)
+        for stamp, value in zip(found["stamp"].cast("int64").to_pylist(), found[name].to_pylist())
+        if value is not None
+    ]
+    return [stamp for stamp, _ in rows], [value for _, value in rows]
+
+
+def test_boxes_stand_where_they_were_seen_with_colour_and_heading(
+    exported: tuple[dict[str, int], Any],
+) -> None:
+    entity = "/world/ego/model/detections"
+    stamps, centers = column(exported[1], entity, "centers")
+    assert stamps == STAMPS
+    np.testing.assert_allclose(centers, [[[i, 20.0, 0.5]] for i in range(4)])
+    _, halves = column(exported[1], entity, "half_sizes")
+    np.testing.assert_allclose(halves, [[[5.5, 1.25, 1.5]]] * 4)
+    _, turns = column(exported[1], entity, "quaternions")
+    np.testing.assert_allclose(turns, [[[0, 0, np.sin(np.pi / 4), np.cos(np.pi / 4)]]] * 4, atol=1e-6)
+    blue, green, red = COLORS["bus"]
+    assert column(exported[1], entity, "colors")[1] == [[red << 24 | green << 16 | blue << 8 | 255]] * 4
+    assert column(exported[1], entity, "labels")[1] == [["bus 0.75"]] * 4
+    _, motion = column(exported[1], "/world/ego/model/motion", "vectors")
+    np.testing.assert_allclose(motion, [[[1.0, 5.0, 0.0]]] * 4)
+
+
+def test_the_vehicle_moves_and_the_model_frame_hangs_on_it(exported: tuple[dict[str, int], Any]) -> None:
+    stamps, places = column(exported[1], "/world/ego", "translation")
+    assert set(STAMPS) <= set(stamps)
+    for stamp, place in zip(stamps, places):
+        np.testing.assert_allclose(place, [ego_pose(stamp).translation], atol=1e-3)
+    _, mounted = column(exported[1], "/world/ego/model", "translation")
+    np.testing.assert_allclose(mounted, [[LIDAR2EGO.translation]] * 4)
+
+
+def test_every_picture_and_the_ground_truth_are_in_it(
+    exported: tuple[dict[str, int], Any], short_bag: Path
+) -> None:
+    counts, recording = exported
+    assert counts == {"sets": 4, "detections": 4, "annotations": 4, "pictures": 24}
+    with BagReader(short_bag) as bag:
+        topic = "/CAM_BACK/image_rect_compressed"
+        pictures = [bytes(message.data) for _, _, message in bag.messages([topic])]
+    _, blobs = column(recording, "/world/ego/CAM_BACK/image", "blob")
+    assert [bytes(blob[0]) for blob in blobs] == pictures
+    _, truth = column(recording, "/world/truth", "centers")
+    assert [len(boxes) for boxes in truth] == [1] * 4
+
+
+def test_what_cannot_be_shown_is_refused_in_one_line(
+    short_bag: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rerun", str(short_bag), str(short_bag), str(tmp_path / "x.rrd")]) == 2
+    assert "holds no answers on /qdbev_detector/detections" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
