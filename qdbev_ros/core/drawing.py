@@ -176,9 +176,9 @@ def _box_on_camera(
         )
         (x, y), (right, bottom) = np.clip((face.min(0) - 1, face.max(0) + 2), 0, (width, height))
         part = panel[y:bottom, x:right]
-        tinted = part.copy()
-        cv2.fillConvexPoly(tinted, face - (x, y), color, cv2.LINE_AA)
         if part.size:
+            tinted = part.copy()
+            cv2.fillConvexPoly(tinted, face - (x, y), color, cv2.LINE_AA)
             part[:] = cv2.addWeighted(tinted, 0.3, part, 0.7, 0)
     for a, b in segments:
         visible, start, end = cv2.clipLine((0, 0, width, height), _as_pixel(a), _as_pixel(b))

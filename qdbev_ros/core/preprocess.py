@@ -77,7 +77,9 @@ def shrink_raw(picture: RawPicture, image: ImageSpec) -> NDArray[Any]:
         height, width, reduction = height // 2, width // 2, reduction // 2
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
     small = resize_picture(pixels, image)
-    return np.ascontiguousarray(small[:, :, 2::-1] if picture.red_first else small[:, :, :3])
+    if picture.red_first:
+        return cv2.cvtColor(small, cv2.COLOR_RGB2BGR if small.shape[2] == 3 else cv2.COLOR_RGBA2BGR)
+    return small if small.shape[2] == 3 else cv2.cvtColor(small, cv2.COLOR_BGRA2BGR)
 
 
 def resize_picture(picture: Picture, image: ImageSpec) -> NDArray[Any]:

@@ -86,3 +86,10 @@ def test_a_missing_picture_is_said_and_the_whole_has_one_size(view: View) -> Non
     assert full.shape == partial.shape
     assert full.shape[1] > 3 * PANEL_WIDTH + BEV_SIZE
     assert (draw_camera(None, "CAM_BACK", NOBODY, NOBODY) > 200).any(), "the note is written"
+
+
+def test_a_box_whose_front_is_outside_the_picture_is_drawn_as_far_as_it_is_inside(view: View) -> None:
+    for x, yaw in ((-7.0, np.pi), (7.0, 0.0)):
+        rows, columns = colored(draw_camera(view, "CAM_FRONT", car(x, 10.0, yaw), NOBODY), "car").T
+        assert len(rows) > 20
+        assert columns.max() < PANEL_WIDTH / 2 or columns.min() > PANEL_WIDTH / 2
