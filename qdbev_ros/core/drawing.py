@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from qdbev_ros.core.boxes import Boxes
 from qdbev_ros.core.geometry import Array, CameraCalibration
@@ -102,12 +104,15 @@ def draw_camera(view: View | None, name: str, detections: Boxes, truth: Boxes) -
         size = (2 * PANEL_WIDTH, 2 * PANEL_HEIGHT)
         panel = cv2.resize(view.picture, size, interpolation=cv2.INTER_AREA)
         matrix = np.diag([size[0] / width, size[1] / height, 1.0, 1.0]) @ view.lidar2img
-        for corners in truth.corners():
-            _box_on_camera(panel, corners, matrix, TRUTH_COLOR, dashed=True)
+        corners = truth.corners()
+        for index in np.flatnonzero(_may_be_seen(corners, matrix, size)):
+            _box_on_camera(panel, corners[index], matrix, TRUTH_COLOR, dashed=True)
+        corners = detections.corners()
+        seen = _may_be_seen(corners, matrix, size)
         # Far ones first, so that the near ones stay on top.
-        for index in np.argsort(-np.hypot(*detections.centers[:, :2].T)):
+        for index in (i for i in np.argsort(-np.hypot(*detections.centers[:, :2].T)) if seen[i]):
             color = COLORS[CLASSES[detections.labels[index]]]
-            corner = _box_on_camera(panel, detections.corners()[index], matrix, color, dashed=False)
+            corner = _box_on_camera(panel, corners[index], matrix, color, dashed=False)
             if corner is not None:
                 _text(panel, f"{detections.scores[index]:.2f}", corner, 0.62, color)
         panel = cv2.resize(panel, (PANEL_WIDTH, PANEL_HEIGHT), interpolation=cv2.INTER_AREA)
@@ -117,31 +122,20 @@ def draw_camera(view: View | None, name: str, detections: Boxes, truth: Boxes) -
 
 def draw_birds_eye(detections: Boxes, truth: Boxes, size: int) -> Picture:
     """(size, size, 3): from above, the vehicle in the middle, forward (the LIDAR_TOP frame's +y) is up."""
-    canvas = np.full((2 * size, 2 * size, 3), BACKGROUND, np.uint8)
+    canvas = _rings(size).copy()
     scale = size / BEV_RANGE  # pixels per metre of the canvas of twice the size
 
     def pixel(x: float, y: float) -> tuple[int, int]:
         return round(size + x * scale), round(size - y * scale)
 
-    for radius in range(10, 60, 10):
-        cv2.circle(canvas, (size, size), round(radius * scale), GRID, 2, cv2.LINE_AA)
-        x, y = pixel(radius * 0.7071, radius * 0.7071)
-        if radius <= 50:
-            _text(canvas, f"{radius} m", (x + 6, y - 6), 0.72, (140, 132, 124))
-    cv2.line(canvas, (size, 0), (size, 2 * size), GRID, 1)
-    cv2.line(canvas, (0, size), (2 * size, size), GRID, 1)
-    ego = np.array(
-        [pixel(-0.95, -2.1), pixel(-0.95, 2.0), pixel(0.0, 2.9), pixel(0.95, 2.0), pixel(0.95, -2.1)]
-    )
-    cv2.fillPoly(canvas, [ego], EGO, cv2.LINE_AA)
     for corners in truth.corners()[:, :4, :2]:
         outline = [pixel(*corner) for corner in corners]
         for a, b in zip(outline, [*outline[1:], outline[0]], strict=True):
             _dashed(canvas, a, b, TRUTH_COLOR, 2)
-    order = np.argsort(detections.scores)
-    for index in order:
+    everywhere = detections.corners()
+    for index in np.argsort(detections.scores):
         color = COLORS[CLASSES[detections.labels[index]]]
-        corners = detections.corners()[index, :4, :2]
+        corners = everywhere[index, :4, :2]
         outline_px = np.array([pixel(*corner) for corner in corners])
         cv2.polylines(canvas, [outline_px], True, color, 3, cv2.LINE_AA)
         center = detections.centers[index, :2]
@@ -154,6 +148,34 @@ def draw_birds_eye(detections: Boxes, truth: Boxes, size: int) -> Picture:
     canvas = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
     _label(canvas, "bird's-eye view, arrows: motion in 1 s")
     return canvas  # type: ignore[return-value]
+
+
+@cache
+def _rings(size: int) -> Picture:
+    """(2 * size, 2 * size, 3): circles of 10 m around the vehicle; not to be written to."""
+    canvas: Picture = np.full((2 * size, 2 * size, 3), BACKGROUND, np.uint8)
+    scale = size / BEV_RANGE
+    for radius in range(10, 60, 10):
+        cv2.circle(canvas, (size, size), round(radius * scale), GRID, 2, cv2.LINE_AA)
+        beside = round(radius * 0.7071 * scale)
+        if radius <= 50:
+            _text(canvas, f"{radius} m", (size + beside + 6, size - beside - 6), 0.72, (140, 132, 124))
+    cv2.line(canvas, (size, 0), (size, 2 * size), GRID, 1)
+    cv2.line(canvas, (0, size), (2 * size, size), GRID, 1)
+    outline = [(-0.95, -2.1), (-0.95, 2.0), (0.0, 2.9), (0.95, 2.0), (0.95, -2.1)]
+    ego = np.array([(round(size + x * scale), round(size - y * scale)) for x, y in outline])
+    cv2.fillPoly(canvas, [ego], EGO, cv2.LINE_AA)
+    return canvas
+
+
+def _may_be_seen(corners: Array, lidar2img: Array, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """(K,) of corners (K, 8, 3): false where a box surely is outside a picture of `size`; most are, of most cameras."""
+    points = corners @ lidar2img[:3, :3].T + lidar2img[:3, 3]  # (K, 8, 3): u * depth, v * depth, depth
+    depth = points[..., 2]
+    pixels = points[..., :2] / np.maximum(depth, NEAR)[..., None]
+    beside = (pixels < 0).all(1) | (pixels > size).all(1)  # (K, 2)
+    ahead = depth >= NEAR
+    return ahead.any(1) & ~(ahead.all(1) & beside.any(1))  # type: ignore[no-any-return]
 
 
 def _box_on_camera(
