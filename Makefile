@@ -3,7 +3,9 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench study clean
+.PHONY: help setup demo test lint bench soak study clean
+
+MINUTES ?= 60
 
 ENV = . scripts/env.sh
 
@@ -28,6 +30,10 @@ lint: ## ruff and mypy
 bench: ## time and memory of nano and tiny on every engine of this machine, in turns; leaves out/bench.json
 	@scripts/setup.sh test
 	@$(ENV) && python benchmarks/engines.py
+
+soak: ## MINUTES=60 of the node over a bag without an end; memory, latency and losses in out/soak
+	@scripts/setup.sh test
+	@$(ENV) && python -m qdbev_ros.soak --minutes $(MINUTES) $(SOAK)
 
 study: ## what each step of the compression is worth: data, teacher, every row, tables and plots in docs/study; resumable
 	@scripts/setup.sh test

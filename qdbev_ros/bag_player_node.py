@@ -21,6 +21,7 @@ from vision_msgs.msg import Detection3DArray
 
 from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.ros.bags import BagReader
+from qdbev_ros.ros.endless import Endless
 from qdbev_ros.ros.messages import ns_to_stamp
 from qdbev_ros.ros.parameters import PlayerParameters, declare
 from qdbev_ros.ros.presets import load_preset
@@ -29,6 +30,7 @@ from qdbev_ros.ros.process import run
 NODE_NAME = "qdbev_bag_player"
 CLOCK_PERIOD_S = 0.025
 SETTLE_S = 1.0  # after the last match for the other side to know of it, and between passes and after the end
+BEHIND_S = 1.0  # an endless drive that is further behind goes on from where it is
 STAMP = struct.Struct(
     "<4xiI"
 )  # CDR's own header, then std_msgs/Header.stamp, which comes first in both types read here
@@ -47,6 +49,7 @@ class Player:
         preset = load_preset(self._parameters.preset)
         self._bag = BagReader(self._parameters.bag)
         self._bag.require_cameras(preset)
+        self._endless = Endless(self._bag, preset) if self._parameters.endless else None
         self._publishers = self._advertise()
         self._clock = self.node.create_publisher(Clock, "/clock", 10) if self._parameters.clock else None
         known = {*self._publishers, self._parameters.answers}
@@ -84,7 +87,7 @@ class Player:
         """A publisher for every topic whose type is installed; static transforms stay for late listeners."""
         publishers = {}
         for topic, msgtype in self._bag.types.items():
-            if topic == "/clock":
+            if topic == "/clock" or (self._endless is not None and topic not in self._endless.topics):
                 continue
             package, _, name = msgtype.split("/")
             try:
@@ -106,13 +109,21 @@ class Player:
         if self._end_at is not None or not self._ready(now):
             return
         if self._messages is None:
-            if self._hold(now, 0, 1):  # the end of a pass is worked off before the next one starts
+            # The end of a pass is worked off before the next one starts.
+            if self._endless is None and self._hold(now, 0, 1):
                 return
             self._rewind(now)
+        if self._endless is not None and self._next is not None and now - self._due(self._next[1]) > BEHIND_S:
+            self._origin = (
+                self._next[1],
+                now,
+            )  # like cameras: what a standing machine missed is not made up for
         while self._next is not None and self._due(self._next[1]) <= now:
             topic, bag_ns, data = self._next
             if topic == self._counted and self._hold(now, bag_ns, self._parameters.max_ahead):
                 return
+            if self._endless is not None:
+                data = self._endless.message(topic, data, self._passes)
             if topic in self._publishers:
                 self._publishers[topic].publish(data)
             if topic in self._image_topics:
@@ -123,7 +134,9 @@ class Player:
         if self._next is None:
             self._messages = None
             self._passes += 1
-            if self._parameters.loop:
+            if self._endless is not None:
+                self._start_at = now
+            elif self._parameters.loop:
                 self._start_at = self._leave_at(now) if self._parameters.max_ahead else now + SETTLE_S
             else:
                 self.node.get_logger().info("end of the bag")
@@ -183,11 +196,15 @@ class Player:
         return self.node.count_subscribers(topic) - 1
 
     def _rewind(self, now: float) -> None:
-        self._newest = self._answered = (0, 0)
-        self._unanswered.clear()
-        self._messages = self._bag.raw()
+        self._messages = self._bag.raw() if self._endless is None else iter(self._endless.messages)
         self._next = next(self._messages, None)
-        self._origin = (self._next[1] if self._next else 0, now)
+        first_ns = self._next[1] if self._next else 0
+        if self._endless is not None and self._passes:
+            self._origin = (first_ns, self._due(first_ns + self._endless.period_ns))
+        else:
+            self._newest = self._answered = (0, 0)
+            self._unanswered.clear()
+            self._origin = (first_ns, now)
         self.node.get_logger().info(
             f"playing {self._parameters.bag}, {self._bag.duration_s:.1f} s at rate {self._parameters.rate:g}"
             + (f", pass {self._passes + 1}" if self._parameters.loop else "")
@@ -201,7 +218,8 @@ class Player:
         if self._clock is None or self._messages is None:
             return
         elapsed = (time.monotonic() - self._origin[1]) * self._parameters.rate
-        self._clock.publish(Clock(clock=ns_to_stamp(self._origin[0] + round(elapsed * 1e9))))
+        passed = 0 if self._endless is None else self._passes * self._endless.period_ns
+        self._clock.publish(Clock(clock=ns_to_stamp(self._origin[0] + round(elapsed * 1e9) + passed)))
 
 
 def main() -> int:

@@ -45,7 +45,12 @@ ARGUMENTS = (
     Argument("model", "", "path of the .qdbev package (required)"),
     Argument("bag", "", "bag to play: .mcap, .db3 or bag folder; empty: live cameras"),
     Argument("rate", "1.0", "speed of the bag"),
-    Argument("loop", "false", "play the bag again and again", BOOLEAN),
+    Argument(
+        "loop",
+        "false",
+        "play the bag again and again; endless: with stamps and a motion that go on instead of beginning anew",
+        (*BOOLEAN, "endless"),
+    ),
     Argument(
         "preset", "nuscenes", "topic and frame names: a preset of config/presets, or a remapping file (.yaml)"
     ),
@@ -185,7 +190,8 @@ def _player(values: dict[str, str], preset: TopicPreset) -> Process:
         "bag": values["bag"],
         "preset": values["preset"],
         "rate": float(values["rate"]),
-        "loop": values["loop"] == "true",
+        "loop": values["loop"] != "false",
+        "endless": values["loop"] == "endless",
         "clock": values["use_sim_time"] == "true",
         "wait_for": " ".join(wait_for),
         "answers": answers,

@@ -176,9 +176,9 @@ class Synchroniser(Generic[T]):
                 for image in state.waiting
                 if now_s - image.arrived_s >= self.settings.deadline_s
             ]
-            if not overdue:
+            if not overdue or self._undecided(pivot := self._pivot(min(overdue)), now_s):
                 return sets
-            sets += self._give_up(self._pivot(min(overdue)), now_s)
+            sets += self._give_up(pivot, now_s)
 
     def _forget(self) -> None:
         for state in self._states.values():
@@ -200,7 +200,7 @@ class Synchroniser(Generic[T]):
         insort(state.stepped_back, image, key=lambda kept: kept.stamp_ns)
         self._bound(state.stepped_back)
         back = {name for name, other in self._states.items() if other.stepped_back}
-        if 2 * len(back) <= self._delivering(now_s):
+        if 2 * len(back) <= len(self._delivering(now_s)):
             return
         held = {name: self._states[name].stepped_back for name in self.cameras if name in back}
         newest_held = max(images[-1].stamp_ns for images in held.values())
@@ -289,11 +289,8 @@ class Synchroniser(Generic[T]):
 
         Either way the picture at `pivot` waits no more. A minority makes no set: it must not decide what time it is.
         """
-        last = pivot + self._spread if until is None else min(pivot + self._spread, until)
-        stamps = {i.stamp_ns for s in self._states.values() for i in s.waiting if pivot <= i.stamp_ns <= last}
-        windows = [self._newest_until(stamp) for stamp in sorted(stamps)]
-        chosen = max(windows, key=len)  # the earliest of the fullest
-        if 2 * len(chosen) <= self._delivering(now_s):
+        chosen = self._fullest(pivot, until)
+        if 2 * len(chosen) <= len(self._delivering(now_s)):
             for state in self._states.values():
                 kept = [image for image in state.waiting if image.stamp_ns != pivot]
                 self._drop("stray", len(state.waiting) - len(kept))
@@ -303,9 +300,28 @@ class Synchroniser(Generic[T]):
             self._states[name].waiting.remove(image)
         return [self._emit(chosen)]
 
-    def _delivering(self, now_s: float) -> int:
-        """How many cameras deliver."""
-        return sum(state.delivers(now_s, self.settings.deadline_s) for state in self._states.values())
+    def _fullest(self, pivot: int, until: int | None = None) -> dict[str, Stamped[T]]:
+        """The earliest of the fullest sets around `pivot`, of stamps up to `until`."""
+        last = pivot + self._spread if until is None else min(pivot + self._spread, until)
+        stamps = {i.stamp_ns for s in self._states.values() for i in s.waiting if pivot <= i.stamp_ns <= last}
+        return max((self._newest_until(stamp) for stamp in sorted(stamps)), key=len)
+
+    def _undecided(self, pivot: int, now_s: float) -> bool:
+        """Whether only time can tell if the set around `pivot` is a minority's.
+
+        That is so where half of the cameras or more fell silent at once: they are dead, or between two pictures.
+        """
+        chosen, alive = self._fullest(pivot), self._delivering(now_s)
+        since = min(image.arrived_s for image in chosen.values())
+        silent = [
+            name for name in alive if name not in chosen and (self._states[name].arrived_s or 0.0) < since
+        ]
+        return 2 * len(chosen) <= len(alive) < 2 * len(chosen) + len(silent)
+
+    def _delivering(self, now_s: float) -> list[str]:
+        """The cameras that deliver."""
+        deadline = self.settings.deadline_s
+        return [name for name, state in self._states.items() if state.delivers(now_s, deadline)]
 
     def _emit(self, chosen: dict[str, Stamped[T]]) -> FrameSet[T]:
         """The set of pictures already taken from the waiting ones; decides every stamp up to its reference."""

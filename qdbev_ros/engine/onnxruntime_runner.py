@@ -10,6 +10,7 @@ the kernel the graph stays whole and samples by GridSample.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import Counter
 from functools import cache
@@ -145,7 +146,7 @@ def _session(model: onnx.ModelProto, threads: int | None) -> tuple[ort.Inference
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:
-    """Options of a session; `threads` None leaves the number to ONNX Runtime."""
+    """Options of a session; with `threads` None one for each core that this process may use."""
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_ERRORS
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -153,6 +154,10 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     _register_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
+    if threads is None and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1):
+        # ONNX Runtime counts the machine's cores, not those that are ours. With a thread too many, whoever waits for it
+        # does so in a loop, spinning off or not: milliseconds lost, and under a real-time scheduler everything.
+        threads = len(os.sched_getaffinity(0))
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from qdbev_ros.core.geometry import Array
 from qdbev_ros.core.health import Level
+from qdbev_ros.core.latency import Rate
 
 MIN_STALE_S = 1.0  # a camera is never called silent sooner
 
@@ -37,11 +37,11 @@ class CameraState:
     sets_without: int = 0  # answers that had to
     images: int = 0
     picture_errors: int = 0
-    arrivals: deque[float] = field(default_factory=lambda: deque(maxlen=30))
+    arrivals: Rate = field(default_factory=Rate)
 
     def image_arrived(self, now: float) -> None:
         self.images += 1
-        self.arrivals.append(now)
+        self.arrivals.note(now)
 
     def picture_failed(self, text: str) -> None:
         self.picture_errors += 1
@@ -57,13 +57,11 @@ class CameraState:
 
     def rate(self) -> float:
         """Pictures a second over the last ones; 0 while unknown."""
-        if len(self.arrivals) < 2 or self.arrivals[-1] <= self.arrivals[0]:
-            return 0.0
-        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
+        return self.arrivals.hz()
 
     def age(self, now: float) -> float | None:
         """Seconds since the last picture, None before the first."""
-        return now - self.arrivals[-1] if self.arrivals else None
+        return None if self.arrivals.last_s is None else now - self.arrivals.last_s
 
     def status(self, now: float) -> tuple[Level, str]:
         """The worst that is wrong, naming the topic."""

@@ -131,7 +131,8 @@ class Detector:
         latencies = self._latencies.percentiles(*PERCENTILES)
         package = {"engine": self.engine.description, "package": self.engine.name}
         package["package_sha256"] = self.engine.sha256
-        return {**package, **pipeline_values(report, sync, self.memory_resets, latencies)}
+        values = pipeline_values(report, sync, self.memory_resets, latencies, time.monotonic())
+        return {**package, **values}
 
     def _refuse(self, kind: str, text: str) -> None:
         self._report.dropped[kind] += 1
@@ -159,8 +160,8 @@ class Detector:
         stages = {"wait": started - job.arrived, "publish": now - computed, "total": now - job.arrived}
         self._latencies.add(milliseconds | {stage: seconds * 1e3 for stage, seconds in stages.items()})
         self._tell(answer, now)
-
         self._overlay.show(job, answer)
+
     def _answer(self, job: Job) -> tuple[Answer, dict[str, float]]:
         """The boxes of the cameras whose pictures can be used, and each stage's milliseconds."""
         cameras, missing = dict(job.cameras), dict(job.missing)
@@ -234,6 +235,7 @@ class Detector:
             state.answered(answer.missing.get(name))
         report, lacking = self._report, answer.lacking()
         report.sets_answered += 1
+        report.answers.note(now)
         report.sets_degraded += bool(lacking)
         report.spread_s = answer.spread_s
         report.memory_age, report.memory_gap_s = answer.memory.age, answer.memory.gap_s

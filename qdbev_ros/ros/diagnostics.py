@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 from qdbev_ros.core.health import Health, Level, State
+from qdbev_ros.core.latency import Rate
 from qdbev_ros.core.synchroniser import SyncCounters
 from qdbev_ros.ros.camera_state import CameraState
 
@@ -24,6 +25,7 @@ class PipelineReport:
 
     sets_answered: int = 0
     sets_degraded: int = 0
+    answers: Rate = field(default_factory=Rate)
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> sets without an answer
     memory_age: int = 0
     memory_gap_s: float = 0.0
@@ -37,7 +39,7 @@ def camera_status(state: CameraState, now: float) -> DiagnosticStatus:
     values = {
         "topic": state.image_topic,
         "pictures": state.images,
-        "rate_hz": f"{state.rate():.2f}",
+        "rate_hz": f"{state.arrivals.hz(now):.2f}",
         "age_s": "never" if age is None else f"{age:.2f}",
         "picture_errors": state.picture_errors,
         "sets_without": state.sets_without,
@@ -56,13 +58,15 @@ def pipeline_values(
     sync: SyncCounters,
     memory_resets: Mapping[str, int],
     latencies: Mapping[str, tuple[float, ...]],
+    now: float,
 ) -> dict[str, object]:
-    """Every counter. latencies: stage -> milliseconds at PERCENTILES."""
+    """Every counter. latencies: stage -> milliseconds at PERCENTILES. `now` is the monotonic clock's time."""
     values: dict[str, object] = {
         "sets_complete": sync.complete_sets,
         "sets_incomplete": sync.incomplete_sets,
         "sets_answered": report.sets_answered,
         "sets_degraded": report.sets_degraded,
+        "rate_hz": f"{report.answers.hz(now):.2f}",
         "set_spread_ms": f"{report.spread_s * 1e3:.1f}",
         "memory_age": report.memory_age,
         "memory_gap_s": f"{report.memory_gap_s:.3f}",

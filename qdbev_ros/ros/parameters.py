@@ -122,6 +122,9 @@ class PlayerParameters:
     preset: str = parameter("nuscenes", "preset or YAML file: the bag must hold its cameras")
     rate: float = parameter(1.0, "speed; 2 is twice as fast as recorded", 0.01, 100.0)
     loop: bool = parameter(False, "start again at the end, with the original stamps")
+    endless: bool = parameter(
+        False, "with loop: stamps and the vehicle's motion go on where the last pass ended"
+    )
     clock: bool = parameter(False, "publish /clock")
     wait: float = parameter(
         60.0, "seconds to wait for a subscription on every topic of wait_for", 0.0, 3600.0

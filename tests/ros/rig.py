@@ -7,6 +7,7 @@ Nothing here depends on how fast the machine is: each answer is waited for befor
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile
-from sensor_msgs.msg import CameraInfo, CompressedImage
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from tf2_msgs.msg import TFMessage
 
 from qdbev_ros.core.geometry import Pose, quaternion_multiply, yaw_quaternion
@@ -33,6 +34,8 @@ from tests.ros.graph import Graph, Running
 
 NODE = "/qdbev_detector"
 MS = 1_000_000
+FOCAL = 316.0
+Edit = Callable[[str, Any, Any], int]  # (camera, CameraInfo, picture) -> how often they are sent
 PATIENCE_S = 120.0  # busy machines are slow
 LONG_S = (
     10.0  # the node's patience with pictures and transforms, longer than a busy machine takes to send a set
@@ -43,7 +46,8 @@ TIMING = {"sync_deadline": LONG_S, "tf_timeout": LONG_S, "stale_after": 60.0, "q
 class Rig:
     """Six cameras, a vehicle that drives 5 m/s straight on, and all that they publish. A context manager."""
 
-    def __init__(self, graph: Graph, node: Running) -> None:
+    def __init__(self, graph: Graph, node: Running, raw: bool = False, mounted: bool = True) -> None:
+        """raw: pictures as preset raw has them. mounted: whether it is known where the cameras are."""
         self._process = node
         self._context = Context()
         rclpy.init(context=self._context, domain_id=graph.domain)
@@ -53,7 +57,9 @@ class Rig:
         reliable = QoSProfile(depth=50)
         latched = QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         make = self.node.create_publisher
-        self._images = {c: make(CompressedImage, f"/{c}/image_rect_compressed", reliable) for c in CAMERAS}
+        self._raw = raw
+        kind, topic = (Image, "image_rect") if raw else (CompressedImage, "image_rect_compressed")
+        self._images = {c: make(kind, f"/{c}/{topic}", reliable) for c in CAMERAS}
         self._infos = {c: make(CameraInfo, f"/{c}/camera_info", reliable) for c in CAMERAS}
         self._tf, self._tf_static = make(TFMessage, "/tf", reliable), make(TFMessage, "/tf_static", latched)
         self.answers: dict[int, Any] = {}
@@ -66,12 +72,12 @@ class Rig:
             listen(DetectedObjectArray, f"{NODE}/objects", self._on_answer, reliable),
             listen(DiagnosticArray, "/diagnostics", self._on_diagnostics, reliable),
         ]
-        ok, data = cv2.imencode(
-            ".jpg", np.random.default_rng(1).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
-        )
+        self._picture = np.random.default_rng(1).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+        ok, data = cv2.imencode(".jpg", self._picture)
         assert ok
         self.jpeg = data.tobytes()
-        self.mount({})
+        if mounted:
+            self.mount({})
 
     def __enter__(self) -> Rig:
         self.until(lambda: PIPELINE in self.statuses, "no diagnostics")
@@ -87,6 +93,10 @@ class Rig:
         self._executor.shutdown()
         self.node.destroy_node()
         self._context.try_shutdown()
+
+    def watch(self, node: Running) -> None:
+        """Another process is the node from here on."""
+        self._process = node
 
     def until_heard(self) -> None:
         """Waits until the node listens to every topic."""
@@ -110,14 +120,15 @@ class Rig:
         self.node.destroy_client(client)
         return future.result()
 
-    def mount(self, moved: dict[str, float]) -> None:
-        """Sends where the cameras are; `moved` puts some of them metres ahead."""
+    def mount(self, moved: dict[str, float], frames: dict[str, str] | None = None) -> None:
+        """Sends where the cameras are; `moved` puts some of them metres ahead, `frames` names some otherwise."""
         transforms = [_transform("base_link", "LIDAR_TOP", 0, LIDAR2EGO)]
         for camera in CAMERAS:
             rotation = quaternion_multiply(yaw_quaternion(float(YAWS[camera])), OPTICAL)
             x, y = 1.2 * np.cos(YAWS[camera]), 0.5 * np.sin(YAWS[camera])
             position = np.array([x + moved.get(camera, 0.0), y, 1.5])
-            transforms.append(_transform("base_link", camera, 0, Pose(rotation, position)))
+            child = (frames or {}).get(camera, camera)
+            transforms.append(_transform("base_link", child, 0, Pose(rotation, position)))
         self._tf_static.publish(TFMessage(transforms=transforms))
 
     def send(
@@ -129,20 +140,22 @@ class Rig:
         offset_s: float = 0.0,
         tf: bool = True,
         jump_m: float = 0.0,
+        edit: Edit | None = None,
     ) -> int:
         """Sends a set `period_s` after the last one; the stamp that its answer will have.
 
         without: cameras that send nothing. pictures, focal: other bytes and focal lengths for some. offset_s: all
         stamps are later by so much. tf: whether the vehicle's motion is known. jump_m: the vehicle is elsewhere.
+        edit: changes each camera's messages, and says how often they are sent.
         """
         self.now_ns += round(period_s * 1e9)
         stamp = self.now_ns + round(offset_s * 1e9)
         if tf:
-            poses = [self._ego(stamp + 10 * MS * k, jump_m) for k in range(-6, 2)]
-            self._tf.publish(TFMessage(transforms=poses))
+            self.move(stamp, jump_m)
         sent = [camera for camera in CAMERAS if camera not in set(without)]
         for camera in sorted(sent, key=OFFSETS_MS.__getitem__):
-            self._send_camera(camera, stamp + OFFSETS_MS[camera] * MS, pictures or {}, focal or {})
+            at = stamp + OFFSETS_MS[camera] * MS
+            self.send_camera(camera, at, (pictures or {}).get(camera), (focal or {}).get(camera, FOCAL), edit)
         return stamp + max(OFFSETS_MS[camera] for camera in sent) * MS
 
     def answer(self, stamp: int) -> Any:
@@ -173,12 +186,13 @@ class Rig:
         assert self.set_parameter(patience, LONG_S).successful
         return answer
 
-    def set_parameter(self, name: str, value: float | int | str) -> Any:
+    def set_parameter(self, name: str, value: float | int | str | bool) -> Any:
         """What the node answers to a change of a parameter."""
         kinds = {
             int: (ParameterType.PARAMETER_INTEGER, "integer_value"),
             float: (ParameterType.PARAMETER_DOUBLE, "double_value"),
             str: (ParameterType.PARAMETER_STRING, "string_value"),
+            bool: (ParameterType.PARAMETER_BOOL, "bool_value"),
         }
         kind, key = kinds[type(value)]
         given = Parameter(name=name, value=ParameterValue(type=kind, **{key: value}))
@@ -210,16 +224,27 @@ class Rig:
         x = 5.0 * (stamp - START_NS) * 1e-9 + jump_m
         return _transform("map", "base_link", stamp, Pose(np.array([1.0, 0, 0, 0]), np.array([x, 0.0, 0.0])))
 
-    def _send_camera(
-        self, camera: str, stamp: int, pictures: dict[str, bytes], focal: dict[str, float]
-    ) -> None:
-        f = focal.get(camera, 316.0)
-        k = [f, 0.0, WIDTH / 2, 0.0, f, HEIGHT / 2, 0.0, 0.0, 1.0]
+    def move(self, stamp: int, jump_m: float = 0.0) -> None:
+        """Sends where the vehicle is around `stamp`."""
+        poses = [self._ego(stamp + 10 * MS * k, jump_m) for k in range(-6, 2)]
+        self._tf.publish(TFMessage(transforms=poses))
+
+    def send_camera(
+        self, camera: str, stamp: int, picture: bytes | None = None, focal: float = FOCAL, edit: Edit | None = None
+    ) -> None:  # fmt: skip
+        """Sends one camera's CameraInfo and picture."""
+        k = [focal, 0.0, WIDTH / 2, 0.0, focal, HEIGHT / 2, 0.0, 0.0, 1.0]
         info = CameraInfo(width=WIDTH, height=HEIGHT, k=k, p=[*k[:3], 0.0, *k[3:6], 0.0, *k[6:], 0.0])
-        image = CompressedImage(format="jpeg", data=pictures.get(camera, self.jpeg))
-        for message, publisher in ((info, self._infos[camera]), (image, self._images[camera])):
+        if self._raw:
+            data = array("B", self._picture.tobytes())
+            image = Image(width=WIDTH, height=HEIGHT, encoding="bgr8", step=3 * WIDTH, data=data)
+        else:
+            image = CompressedImage(format="jpeg", data=self.jpeg if picture is None else picture)
+        for message in (info, image):
             message.header.stamp, message.header.frame_id = ns_to_stamp(stamp), camera
-            publisher.publish(message)
+        for _ in range(1 if edit is None else edit(camera, info, image)):
+            self._infos[camera].publish(info)
+            self._images[camera].publish(image)
 
     def _on_answer(self, message: Any) -> None:
         self.answers[stamp_to_ns(message.header.stamp)] = message

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from std_srvs.srv import Trigger
 
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.diagnostics import CAMERA, PIPELINE
+from qdbev_ros.ros.parameters import DetectorParameters
 from tests.ros.graph import Graph
 from tests.ros.rig import LONG_S, TIMING, Rig
 
@@ -142,17 +145,32 @@ def test_the_memory_is_reset_on_request(rig: Rig) -> None:
     assert (answer.memory_state, answer.memory_reset_reason) == ("reset", "service")
 
 
-def test_a_parameter_changes_live_or_the_answer_says_that_it_cannot(rig: Rig) -> None:
+def test_a_parameter_changes_live(rig: Rig) -> None:
     assert rig.set_parameter("max_detections", 5).successful
     assert len(rig.ask().objects) <= 5
     assert rig.set_parameter("max_detections", 300).successful
-    for name, value in (("model", "other.qdbev"), ("preset", "raw"), ("decode_threads", 4)):
-        refused = rig.set_parameter(name, value)
-        assert not refused.successful
-        assert f"parameter {name} cannot change while the node is configured" in refused.reason
     assert not rig.set_parameter("max_spread", -1.0).successful
     assert "use one of" in rig.set_parameter("missing_cameras", "guess").reason
     assert rig.ask().state == "running"
+
+
+@pytest.mark.parametrize("item", dataclasses.fields(DetectorParameters), ids=lambda item: item.name)
+def test_every_parameter_changes_live_or_says_that_it_cannot(running: Rig, item: Any) -> None:
+    meta, name, default = item.metadata, item.name, item.default
+    others = [choice for choice in meta["choices"] if choice not in ("", default)]
+    if isinstance(default, bool):
+        other: Any = not default
+    elif isinstance(default, str):
+        other = others[0] if others else "another"
+    else:
+        other = type(default)(meta["low"] if default != meta["low"] else meta["high"])
+    if meta["live"]:
+        assert running.set_parameter(name, other).successful
+        assert running.set_parameter(name, TIMING.get(name, default)).successful
+    else:
+        refused = running.set_parameter(name, other)
+        assert not refused.successful
+        assert f"parameter {name} cannot change while the node is configured" in refused.reason
 
 
 def test_diagnostics_count_and_time_everything(rig: Rig) -> None:

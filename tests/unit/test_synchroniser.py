@@ -115,6 +115,22 @@ def test_whichever_camera_dies_every_moment_is_answered_and_only_two_sets_wait(l
             assert at == frame.stamp_ns / MS + 5
 
 
+@pytest.mark.parametrize("period_ms", [500, 83])
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("order", [1, -1])
+def test_however_many_cameras_die_at_once_no_moment_is_lost(period_ms: int, count: int, order: int) -> None:
+    sync = Sync(CAMERAS)
+    lost = tuple(camera for camera in CAMERAS if camera in list(OFFSETS_MS)[::order][:count])
+    seen = START_MS + 20 * period_ms - 42  # by then the cameras' periods are known
+    sets = feed(sync, [p for p in arrivals(period_ms, 28) if p.camera not in lost or p.stamp_ms < seen])
+    assert_sound(sync, sets)
+    assert [frame.missing for _, frame in sets] == [()] * 20 + [lost] * 8
+    assert not sync.counters.dropped
+    waits = [at - frame.stamp_ns / MS for at, frame in sets]
+    assert max(waits) <= 0.5 * period_ms + 2 * DEADLINE_S * 1e3
+    assert waits[-5:] == [5] * 5, "who is gone is not waited for"
+
+
 def test_a_camera_that_returns_is_in_the_sets_again() -> None:
     sync = Sync(CAMERAS)
     away = range(START_MS + 100, START_MS + 600)
