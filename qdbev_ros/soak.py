@@ -226,7 +226,7 @@ def _about(args: argparse.Namespace, status: dict[str, str]) -> dict[str, Any]:
         "model": args.model.name,
         "engine": status.get("engine"),
         "cpu": cpu_name(),
-        "cores": os.cpu_count(),
+        "machine_cores": os.cpu_count(),
         "cores_used": len(psutil.Process().cpu_affinity()),
         "system": platform.platform(),
         "diagnostics": {key: value for key, value in status.items() if key != "engine"},

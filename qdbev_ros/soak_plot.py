@@ -22,9 +22,8 @@ def draw(result: dict[str, Any], samples: Sequence[Sample], path: Path) -> None:
     memory.plot(minutes, [sample.rss_mb for sample in samples], label="resident")
     memory.plot(minutes, [sample.anonymous_mb for sample in samples], label="without shared memory and files")
     memory.axvline(result["warm_up_s"] / 60, color="0.7", linestyle=":", label="end of the warm-up")
-    memory.set(
-        ylabel="memory, MB", title=f"{result['model']}, {result['rate_hz']:.2f} sets/s, {result['engine']}"
-    )
+    where = f"{result['cores_used']} of {result['machine_cores']} cores, {result['cpu']}"
+    memory.set(ylabel="memory, MB", title=f"{result['model']}, {result['rate_hz']:.2f} sets/s on {where}")
     memory.set_ylim(bottom=0)
     latency.plot(minutes, [sample.p50_ms for sample in samples], label="p50")
     latency.plot(minutes, [sample.p99_ms for sample in samples], label="p99")
