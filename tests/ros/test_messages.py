@@ -77,7 +77,7 @@ def assert_rclpy_writes(message: Any, data: bytes) -> None:
     """`data` is what rclpy makes of `message`, but for padding, which rclpy leaves as its memory happens to be."""
     plain, kind = serialize_message(message), type(message)
     assert type(data) is bytes
-    assert len(data) == len(plain)
+    assert len(data) <= len(plain) < len(data) + 8, "some middleware pads the end"
     assert deserialize_message(data, kind) == deserialize_message(plain, kind)
     different = sum(a != b for a, b in zip(data, plain))
     assert different == sum(a != b and a == 0 for a, b in zip(data, plain)) <= len(data) / 8
