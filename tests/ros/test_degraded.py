@@ -18,6 +18,7 @@ from qdbev_ros.ros.parameters import DetectorParameters
 from tests.ros.graph import Graph
 from tests.ros.rig import LONG_S, TIMING, Rig
 
+STARTED = {"image_reliability": "reliable", **TIMING}
 OK, WARN, ERROR, STALE = (bytes([level]) for level in range(4))
 
 
@@ -26,7 +27,7 @@ def running(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """One node for all tests here."""
     pytest.importorskip("qdbev_msgs", reason="qdbev_msgs tells which cameras were used")
     with Graph(tmp_path_factory.mktemp("degraded")) as graph:
-        node = graph.node("detector_node", model=package, image_reliability="reliable", **TIMING)
+        node = graph.node("detector_node", model=package, **STARTED)
         node.wait_for("ready")
         with Rig(graph, node) as rig:
             yield rig
@@ -156,17 +157,17 @@ def test_a_parameter_changes_live(rig: Rig) -> None:
 
 @pytest.mark.parametrize("item", dataclasses.fields(DetectorParameters), ids=lambda item: item.name)
 def test_every_parameter_changes_live_or_says_that_it_cannot(running: Rig, item: Any) -> None:
-    meta, name, default = item.metadata, item.name, item.default
-    others = [choice for choice in meta["choices"] if choice not in ("", default)]
-    if isinstance(default, bool):
-        other: Any = not default
-    elif isinstance(default, str):
+    meta, name, now = item.metadata, item.name, STARTED.get(item.name, item.default)
+    others = [choice for choice in meta["choices"] if choice not in ("", now)]
+    if isinstance(now, bool):
+        other: Any = not now
+    elif isinstance(now, str):
         other = others[0] if others else "another"
     else:
-        other = type(default)(meta["low"] if default != meta["low"] else meta["high"])
+        other = type(now)(meta["low"] if now != meta["low"] else meta["high"])
     if meta["live"]:
         assert running.set_parameter(name, other).successful
-        assert running.set_parameter(name, TIMING.get(name, default)).successful
+        assert running.set_parameter(name, now).successful
     else:
         refused = running.set_parameter(name, other)
         assert not refused.successful
