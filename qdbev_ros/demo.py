@@ -221,7 +221,8 @@ def _draw(
 
     frame = max(answered, key=found)
     views = read_views(bag, preset, frame, tree, FRAMES)
-    title = f"{status.get('package', 'QD-BEV')} on {status.get('engine', 'unknown engine')}"
+    engine = status.get("engine", "unknown engine").split(",")[0]  # the rest is in summary.json
+    title = f"{status.get('package', 'QD-BEV')} on {engine}"
     footer = (
         f"{bag.path.name}, stamp {frame.stamp_ns * 1e-9:.3f} s: the set in which most objects are found. "
         f"Boxes with a score of {THRESHOLD} or more; the tinted side is the front"
