@@ -40,15 +40,18 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def draw_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """NDS against the package's size, a point for each row, joined over its seeds."""
+    """NDS against the package's size, a point for each row with the whole model, joined over its seeds."""
     figure, axes = _axes(8, 5)
-    for name in dict.fromkeys(row["method"] for row in rows):
+    for name in dict.fromkeys(row["method"] for row in rows if row["table"] != "parts"):
         same = [row for row in rows if row["method"] == name]
         sizes, scores = [row["size_bytes"] / 1e6 for row in same], [row["nds"] for row in same]
         axes.plot(sizes, scores, "-", color="0.7", zorder=1)
         axes.scatter(sizes, scores, s=22, zorder=2)
         axes.annotate(name, (sizes[0], max(scores)), xytext=(4, 2), textcoords="offset points", fontsize=8)
     axes.set(xlabel="package, MB", ylabel="NDS on unseen scenes", xscale="log")
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     _save(figure, path)
 
 
