@@ -160,26 +160,31 @@ def _check_rates(seen: list[CameraSeen], max_gap: float) -> Iterator[tuple[str, 
         )
 
 
-def _check_spread(drive: Drive, seen: list[CameraSeen]) -> Iterator[Finding]:
-    """Around each picture of the first camera, the nearest ones of the others."""
-    if len(seen) < 2 or any(len(camera.pictures) < MIN_PICTURES for camera in seen):
-        return
-    anchors = np.array(sorted(set(_stamps(seen[0]))), np.int64)
-    offsets = {seen[0].name: np.zeros(len(anchors))}
-    for camera in seen[1:]:
+def _offsets(anchor: CameraSeen, seen: list[CameraSeen]) -> Array:
+    """(cameras, pictures of the anchor): seconds from each of these to the nearest picture of each camera."""
+    anchors = np.array(sorted(set(_stamps(anchor))), np.int64)
+    rows = []
+    for camera in seen:
         stamps = np.array(sorted(set(_stamps(camera))), np.int64)
         right = np.clip(np.searchsorted(stamps, anchors), 1, len(stamps) - 1)
-        nearest = np.where(
-            anchors - stamps[right - 1] < stamps[right] - anchors, stamps[right - 1], stamps[right]
-        )
-        offsets[camera.name] = (nearest - anchors) * 1e-9
-    table = np.array(list(offsets.values()))
+        before, after = stamps[right - 1], stamps[right]
+        rows.append((np.where(anchors - before < after - anchors, before, after) - anchors) * 1e-9)
+    return np.array(rows)
+
+
+def _check_spread(drive: Drive, seen: list[CameraSeen]) -> Iterator[Finding]:
+    """Around each picture of the camera that the others agree with most, the nearest ones of the others."""
+    if len(seen) < 2 or any(len(camera.pictures) < MIN_PICTURES for camera in seen):
+        return
+    # Around a camera that is itself half a period off, the others' nearest pictures would be of different sets.
+    tables = [_offsets(anchor, seen) for anchor in seen]
+    table = min(tables, key=lambda offsets: float(np.median(np.abs(offsets))))
     spread = float(np.median(table.max(0) - table.min(0)))
     if spread <= drive.max_spread:
         return
     typical = np.median(table, axis=1)
     off = np.abs(typical - np.median(typical))
-    name = list(offsets)[int(off.argmax())]
+    name = seen[int(off.argmax())].name
     yield Finding(
         "spread",
         name,
