@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qdbev_ros.core.doctor.observations import CameraSeen, Drive, Finding
 from qdbev_ros.core.geometry import Array
@@ -160,14 +161,12 @@ def _check_rates(seen: list[CameraSeen], max_gap: float) -> Iterator[tuple[str, 
         )
 
 
-def _offsets(anchor: CameraSeen, seen: list[CameraSeen]) -> Array:
-    """(cameras, pictures of the anchor): seconds from each of these to the nearest picture of each camera."""
-    anchors = np.array(sorted(set(_stamps(anchor))), np.int64)
+def _offsets(anchors: NDArray[np.int64], stamps: list[NDArray[np.int64]]) -> Array:
+    """(cameras, anchors): seconds from each stamp in `anchors` to the nearest one of each camera; all in order."""
     rows = []
-    for camera in seen:
-        stamps = np.array(sorted(set(_stamps(camera))), np.int64)
-        right = np.clip(np.searchsorted(stamps, anchors), 1, len(stamps) - 1)
-        before, after = stamps[right - 1], stamps[right]
+    for own in stamps:
+        right = np.clip(np.searchsorted(own, anchors), 1, len(own) - 1)
+        before, after = own[right - 1], own[right]
         rows.append((np.where(anchors - before < after - anchors, before, after) - anchors) * 1e-9)
     return np.array(rows)
 
@@ -177,7 +176,8 @@ def _check_spread(drive: Drive, seen: list[CameraSeen]) -> Iterator[Finding]:
     if len(seen) < 2 or any(len(camera.pictures) < MIN_PICTURES for camera in seen):
         return
     # Around a camera that is itself half a period off, the others' nearest pictures would be of different sets.
-    tables = [_offsets(anchor, seen) for anchor in seen]
+    stamps = [np.unique(_stamps(camera)) for camera in seen]
+    tables = [_offsets(anchors, stamps) for anchors in stamps]
     table = min(tables, key=lambda offsets: float(np.median(np.abs(offsets))))
     spread = float(np.median(table.max(0) - table.min(0)))
     if spread <= drive.max_spread:
