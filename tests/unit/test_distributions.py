@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The node's messages are laid out alike in every ROS 2 that it is for, by the definitions that rosbags carries.
 
-vision_msgs, which rosbags lacks, has had the same message files from 4.0.0 on, the release of Humble and of all after it.
+vision_msgs, which rosbags lacks, has had the same Detection3DArray from 4.0.0 on, the release of Humble.
 """
 
 from __future__ import annotations
