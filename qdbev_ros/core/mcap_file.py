@@ -45,6 +45,7 @@ class McapFile:
         self._writer = Writer(self._folder / self.path.stem, version=8, storage_plugin=StoragePlugin.MCAP)
         self._writer.open()
         self._connections: dict[str, Connection] = {}
+        self._failure: OSError | None = None  # of a write
 
     def add_topic(self, topic: str, msgtype: str, types: Any, latched: bool) -> None:
         """Declares a topic; `types` is the rosbags typestore that holds `msgtype`."""
@@ -66,18 +67,35 @@ class McapFile:
         try:
             self._writer.write(self._connections[topic], stamp_ns, data)
         except OSError as error:
+            self._failure = error
             raise DataError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
-        """Ends the file and gives it its name."""
+        """Ends the file and gives it its name; the DataError where that fails names what is left and how to read it."""
         try:
+            if self._failure is not None:
+                raise self._failure  # even if there is room again: nobody reads on behind what is cut off
             self._writer.close()
-            os.replace(self._folder / self.path.stem / self.path.name, self.path)
+            os.replace(self._written, self.path)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be written: {error.strerror}") from error
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            raise DataError(f"{self.path}: cannot be written: {error.strerror}; {self._keep()}") from error
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def discard(self) -> None:
         """Throws away what was written."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _written(self) -> Path:
+        return self._folder / self.path.stem / self.path.name
+
+    def _keep(self) -> str:
+        """Gives the file as far as it was written a plain name; says which."""
+        kept = self.path.with_suffix(".partial.mcap")
+        try:
+            os.replace(self._written, kept)
+        except OSError:
+            kept = self._written
+        else:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return f"what was written is kept, read it with: mcap recover {kept} -o whole.mcap"
