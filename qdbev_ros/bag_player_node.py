@@ -26,6 +26,7 @@ from qdbev_ros.ros.messages import ns_to_stamp
 from qdbev_ros.ros.parameters import PlayerParameters, declare
 from qdbev_ros.ros.presets import load_preset
 from qdbev_ros.ros.process import run
+from qdbev_ros.ros.timers import every
 
 NODE_NAME = "qdbev_bag_player"
 CLOCK_PERIOD_S = 0.025
@@ -70,9 +71,9 @@ class Player:
         self._held_since: float | None = None
         if self._parameters.answers:
             self._listen(self._parameters.answers)
-        self._timer = self.node.create_timer(0.01, self._tick)
+        self._timer = every(self.node, 0.01, self._tick)
         if self._clock is not None:
-            self.node.create_timer(CLOCK_PERIOD_S, self._publish_clock)
+            every(self.node, CLOCK_PERIOD_S, self._publish_clock)
 
     def finished(self) -> bool:
         return self._end_at is not None and time.monotonic() >= self._end_at

@@ -25,6 +25,7 @@ from qdbev_ros.ros.detector import Detector
 from qdbev_ros.ros.diagnostics import camera_status, diagnostic_array, pipeline_status, with_input_problems
 from qdbev_ros.ros.parameters import DetectorParameters, changed, declare
 from qdbev_ros.ros.process import run
+from qdbev_ros.ros.timers import every
 
 NODE_NAME = "qdbev_detector"
 DIAGNOSE_S = 0.5
@@ -45,7 +46,7 @@ class DetectorNode(LifecycleNode):
         self._monitor = HealthMonitor(self._health_policy())
         self._told: tuple[State | None, float] = (None, 0.0)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
-        self.create_timer(LOOK_S, self._look)
+        every(self, LOOK_S, self._look)
         self.create_service(Trigger, "~/reset_memory", self._on_reset)
         self.add_on_set_parameters_callback(self._on_parameters)
 

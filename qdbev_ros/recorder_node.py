@@ -18,6 +18,7 @@ from qdbev_ros.core.errors import ConfigError, DataError
 from qdbev_ros.ros.bags import BagWriter
 from qdbev_ros.ros.parameters import RecorderParameters, declare
 from qdbev_ros.ros.process import run
+from qdbev_ros.ros.timers import every
 
 NODE_NAME = "qdbev_recorder"
 QUIET_S = 0.5  # after a stop: nothing came for so long, so nothing will
@@ -39,7 +40,7 @@ class Recorder:
         self._writer = BagWriter(parameters.output)
         self._count = 0
         self._last = time.monotonic()
-        self.node.create_timer(0.05, self._discover)
+        every(self.node, 0.05, self._discover)
 
     def finished(self) -> bool:
         return False

@@ -29,6 +29,7 @@ from qdbev_ros.ros.messages import pose_from_message, pose_from_transform, stamp
 from qdbev_ros.ros.parameters import DetectorParameters
 from qdbev_ros.ros.presets import TopicPreset
 from qdbev_ros.ros.throttle import Throttled
+from qdbev_ros.ros.timers import every
 
 MAX_PENDING = 20  # sets that wait for transforms or calibrations
 TICK_S = 0.02  # how often deadlines are looked at
@@ -66,7 +67,7 @@ class Inputs:
         self._warn = Throttled(node.get_logger().warning)
         self._subscriptions: list[Any] = []
         self._subscribe(preset)
-        self._timer = node.create_timer(TICK_S, self._tick)
+        self._timer = every(node, TICK_S, self._tick)
 
     @property
     def pending(self) -> int:
