@@ -113,6 +113,10 @@ def train(
     if run.last.exists():
         state.load(run.last, fabric)
     plan = make_plan(config, data.samples, fabric.world_size)
+    if run.is_over(plan.steps):
+        # A kill between the last save's two files left the model file as it was before.
+        run.save()
+        return run.model_file
     module = fabric.setup_module(objective) if fabric.world_size > 1 else objective
     batches = data.open(state.step, fabric.global_rank, fabric.world_size)
     stopped = False
@@ -163,6 +167,15 @@ class _Run:
         self.last, self.model_file = out / "last.safetensors", out / "model.safetensors"
         self._writer: SummaryWriter | None = None
         self._smoothed: float | None = None
+
+    def is_over(self, steps: int) -> bool:
+        """Whether no step is left. Raises ConfigError where the run went further than `steps`."""
+        if self._state.step > steps:
+            raise ConfigError(
+                f"{self.last} is at step {self._state.step} already, length is {steps} steps; "
+                "make it longer or choose another `out`"
+            )
+        return self._state.step == steps
 
     def progress(self, steps: int) -> tqdm[Any]:
         state, first = self._state, self._fabric.is_global_zero

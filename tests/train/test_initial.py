@@ -17,7 +17,7 @@ from qdbev_train.model import CheckpointError, build_model
 from qdbev_train.model.layers import conv_bn
 from qdbev_train.training.config import Span
 from qdbev_train.training.initial import load_backbone, starting_model
-from tests.train.test_training import data_of, micro_config, micro_variant, random_batch
+from tests.training_samples import data_of, micro_config, micro_variant, random_batch
 
 
 def test_a_random_backbone_gets_batchnorms_that_normalise(tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop on a made-up micro model: it learns, resumes exactly, and refuses what doesn't fit."""
+"""The training loop on a made-up micro model: it learns, and refuses what doesn't fit."""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from qdbev_ros.core.errors import ConfigError
-from qdbev_ros.core.variant import Variant, load_variant
+from qdbev_ros.core.variant import load_variant
 from qdbev_train.checkpoint import load_model, read_tensors, write_tensors
 from qdbev_train.cli import main
 from qdbev_train.data.dataset import Batch
@@ -29,117 +28,7 @@ from qdbev_train.training.loop import TrainingData, train
 from qdbev_train.training.losses import Targets, detection_loss
 from qdbev_train.training.plot_command import read_scalar
 from qdbev_train.training.schedule import learning_rate_at, make_plan
-
-CONFIG = Path(__file__).parents[2] / "config" / "train" / "nano_town.yaml"
-
-
-def micro_variant() -> Variant:
-    nano = load_variant("nano")
-    return replace(
-        nano,
-        image=replace(nano.image, height=32, width=64),
-        bev=replace(nano.bev, height=8, width=8),
-        backbone=replace(nano.backbone, out_stages=(2,), neck_levels=1),
-        transformer=replace(
-            nano.transformer,
-            channels=24,
-            heads=2,
-            ffn_channels=24,
-            queries=12,
-            encoder_layers=1,
-            decoder_layers=2,
-        ),
-    )
-
-
-def micro_config(out: Path, **changes: object) -> TrainConfig:
-    config = replace(
-        read_config(CONFIG, TrainConfig),
-        out=str(out),
-        precision="float32",
-        length=Span(6, "steps"),
-        batch=2,
-        warmup_steps=2,
-        save_every=3,
-    )
-    return replace(config, **changes)  # type: ignore[arg-type]
-
-
-def random_batch(step: int, variant: Variant) -> Batch:
-    """The same batch for the same step: two samples with three boxes each, a plausible camera matrix."""
-    generator = torch.Generator().manual_seed(step)
-    height, width = variant.image.padded_height, variant.image.padded_width
-    matrix = torch.tensor([[30.0, 32, 0, 0], [0.0, 16, -30, 0], [0.0, 1, 0, 0], [0.0, 0, 0, 1]])
-    codes = [torch.randn(3, 10, generator=generator) for _ in range(2)]
-    for code in codes:
-        code[:, :2] *= 10
-    return Batch(
-        images=torch.randn(2, 6, 3, height, width, generator=generator),
-        lidar2img=matrix.expand(2, 6, 4, 4).contiguous(),
-        can_bus=torch.zeros(2, 18),
-        is_first=torch.tensor([True, True]),
-        codes=codes,
-        labels=[torch.randint(10, (3,), generator=generator) for _ in range(2)],
-        tokens=["a", "b"],
-    )
-
-
-def data_of(batches: Callable[[int], Iterable[Batch]]) -> TrainingData:
-    return TrainingData(samples=12, open=lambda step, rank, processes: ((b,) for b in batches(step)))
-
-
-def run(out: Path, stop_at: int | None = None, **changes: object) -> Path:
-    """A run of random batches; at step `stop_at` someone presses Ctrl-C."""
-    variant, config = micro_variant(), micro_config(out, **changes)
-
-    def batches(step: int) -> Iterator[Batch]:
-        while True:
-            if step == stop_at:
-                signal.raise_signal(signal.SIGINT)
-            # Rows go on with what was before, so that what is remembered matters.
-            yield replace(random_batch(step, variant), is_first=torch.tensor([step % 4 == 0, False]))
-            step += 1
-
-    torch.manual_seed(0)
-    return train(build_model(variant), variant, config, data_of(batches))
-
-
-def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
-    """Stopped by a signal and not at a multiple of save_every; same weights, same loss curve, to the bit."""
-    whole, _ = read_tensors(run(tmp_path / "whole", learning_rate=1e-3))
-    with pytest.raises(KeyboardInterrupt, match="stopped at step 5 of 6"):
-        run(tmp_path / "parts", stop_at=4, learning_rate=1e-3)
-    resumed, _ = read_tensors(run(tmp_path / "parts", learning_rate=1e-3))
-    for key, value in whole.items():
-        torch.testing.assert_close(resumed[key], value, rtol=0, atol=0, msg=key)
-    curves = [read_scalar(tmp_path / name, "loss/total") for name in ("whole", "parts")]
-    assert curves[0][0] == [1, 2, 3, 4, 5, 6]
-    assert curves[0] == curves[1]
-
-
-def test_a_stop_in_the_last_step_is_a_stop_and_the_model_is_there(tmp_path: Path) -> None:
-    """Else a compression would go on with the next stage."""
-    with pytest.raises(KeyboardInterrupt, match="stopped at step 6 of 6"):
-        run(tmp_path, stop_at=5)
-    model_file = run(tmp_path)
-    assert load_model(model_file)[2]["provenance"]["steps"] == 6
-
-
-def test_what_is_remembered_matters_to_the_curve(tmp_path: Path) -> None:
-    """Else the test above would not show that the memory is kept."""
-    run(tmp_path, learning_rate=1e-3)
-    state, metadata = read_tensors(tmp_path / "last.safetensors")
-    assert state["prev_bev"].shape == (1, 2, 64, 24)
-    forgotten = {k: v for k, v in state.items() if k != "prev_bev"}
-    config = micro_config(tmp_path, learning_rate=1e-3, length=Span(8, "steps"))
-    losses = []
-    for tensors in (state, forgotten):
-        write_tensors(tmp_path / "last.safetensors", tensors, metadata)
-        batch = replace(random_batch(0, micro_variant()), is_first=torch.tensor([False, False]))
-        data = data_of(lambda _, batch=batch: [batch, batch])
-        train(build_model(micro_variant()), micro_variant(), config, data)
-        losses.append(read_scalar(tmp_path, "loss/total")[1][6])
-    assert losses[0] != losses[1]
+from tests.training_samples import CONFIG, data_of, micro_config, micro_variant, random_batch, run
 
 
 def test_the_loss_of_a_repeated_batch_falls(tmp_path: Path) -> None:
@@ -180,12 +69,6 @@ def test_a_model_file_that_lacks_a_key_is_refused_by_file_and_key(tmp_path: Path
         CheckpointError, match=r"model\.safetensors.*missing: .*query_embedding.*unexpected: stray"
     ):
         load_model(path)
-
-
-def test_resuming_with_other_settings_is_refused_by_name(tmp_path: Path) -> None:
-    run(tmp_path)
-    with pytest.raises(ConfigError, match="learning_rate"):
-        run(tmp_path, learning_rate=1.0)
 
 
 def test_a_diverged_loss_ends_the_run(tmp_path: Path) -> None:
