@@ -19,9 +19,8 @@ NO_PICTURE = "no picture in time"
 
 @dataclass(frozen=True)
 class Frames:
-    """Names of the fixed, the vehicle's and the model's frame."""
+    """Names of the vehicle's and the model's frame."""
 
-    fixed: str
     base: str
     model: str
 
@@ -64,14 +63,18 @@ class Assembler:
         frames: Frames,
         calibration: RigCalibration,
         frame_of: Callable[[str, Any], str],
+        ego_pose: Callable[[int], Pose],
         timeout_s: float,
     ) -> None:
-        """frame_of(camera, message) names the frame of a picture; `calibration` wins over topics."""
+        """frame_of(camera, message) names the frame of a picture; `calibration` wins over topics. ego_pose(stamp_ns)
+        is where the vehicle is, and raises TransformUnavailable.
+        """
         self._tree = tree
         self._cameras = cameras
         self._frames = frames
         self._calibration = calibration
         self._frame_of = frame_of
+        self._ego_pose = ego_pose
         self.timeout_s = timeout_s
         self._in_vain: set[str] = set()
 
@@ -137,12 +140,10 @@ class Assembler:
     def _ego_poses(self, images: FrameSet[Any], waited_s: float) -> tuple[dict[int, Pose], str | None]:
         """The vehicle's pose at every stamp of the set; identities and the reason where one is not to be had."""
         stamps = {image.stamp_ns for image in images.images.values()}
-        frames = self._frames
         try:
             poses = self._or_wait(
-                "ego motion", waited_s,
-                lambda: {stamp: self._tree.lookup(frames.fixed, frames.base, stamp) for stamp in stamps},
-            )  # fmt: skip
+                "ego motion", waited_s, lambda: {stamp: self._ego_pose(stamp) for stamp in stamps}
+            )
         except TransformUnavailable as error:
             return dict.fromkeys(stamps, Pose.identity()), str(error)
         return poses, None

@@ -18,6 +18,7 @@ from tf2_msgs.msg import TFMessage
 from qdbev_ros.core.encodings import raw_picture
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import Pose
+from qdbev_ros.core.odometry import OdometryMotion
 from qdbev_ros.core.pose_buffer import TransformTree, TransformUnavailable
 from qdbev_ros.core.preprocess import RawPicture
 from qdbev_ros.core.synchroniser import FrameSet, Synchroniser, SyncSettings
@@ -59,10 +60,14 @@ class Inputs:
             self.cameras[camera].intrinsics = intrinsics
         self.sync: Synchroniser[Any] = Synchroniser(CAMERAS, _sync_settings(parameters))
         self.tree = TransformTree()
-        frames = Frames(parameters.fixed_frame, parameters.base_frame, parameters.model_frame)
+        fixed, base = parameters.fixed_frame, parameters.base_frame
+        self._odometry = OdometryMotion(preset.odometry, base, self.tree)
+        from_tf = parameters.ego_motion == "tf"
+        ego_pose = partial(self.tree.lookup, fixed, base) if from_tf else self._odometry.lookup
         self._assembler = Assembler(
-            self.tree, self.cameras, frames, calibration, self._picture_frame, parameters.tf_timeout
-        )
+            self.tree, self.cameras, Frames(base, parameters.model_frame), calibration, self._picture_frame,
+            ego_pose, parameters.tf_timeout,
+        )  # fmt: skip
         self._pending: deque[tuple[FrameSet[Any], float]] = deque()
         self._warn = Throttled(node.get_logger().warning)
         self._subscriptions: list[Any] = []
@@ -126,6 +131,7 @@ class Inputs:
         if self.sync.counters.resets["time_back"] > jumps:
             self._warn("time_back", f"time went back on {self.cameras[camera].image_topic}: starting anew")
             self.tree.forget_after(stamp)
+            self._odometry.forget_after(stamp)
             while self._pending:
                 self._pending.popleft()
                 self._on_refusal("time_back", "time went back")
@@ -176,9 +182,7 @@ class Inputs:
         except DataError as error:
             self._warn("odometry", f"odometry is ignored: {error}")
             return
-        stamp = stamp_to_ns(message.header.stamp)
-        # Only motion matters, so whatever frame the odometry is in serves as the fixed one.
-        self.tree.insert(self._parameters.fixed_frame, self._parameters.base_frame, stamp, pose)
+        self._odometry.insert(_frame(message.child_frame_id), stamp_to_ns(message.header.stamp), pose)
         self._pump()
 
     def _pump(self) -> None:

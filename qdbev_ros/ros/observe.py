@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from qdbev_ros.core.doctor import CameraSeen, Drive, InfoSeen, Look, PictureSeen, TransformSeen
+from qdbev_ros.core.doctor import CameraSeen, Drive, InfoSeen, Look, OdometrySeen, PictureSeen, TransformSeen
 from qdbev_ros.core.encodings import encoding_problem
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import Pose
@@ -82,7 +82,8 @@ class Observer:
             for transform in message.transforms:
                 self.drive.transforms.append(_transform(transform, received_ns, topic == "/tf_static"))
         else:
-            self.drive.odometry.append((_stamp(message.header), received_ns))
+            frame = message.child_frame_id.lstrip("/")
+            self.drive.odometry.append(OdometrySeen(_stamp(message.header), received_ns, frame))
 
     def _add_picture(self, camera: CameraSeen, received_ns: int, message: Any) -> None:
         problem, look = "", None

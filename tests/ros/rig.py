@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import cv2
 import numpy as np
 import rclpy
+import yaml
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import TransformStamped
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
@@ -41,6 +43,14 @@ LONG_S = (
     10.0  # the node's patience with pictures and transforms, longer than a busy machine takes to send a set
 )
 TIMING = {"sync_deadline": LONG_S, "tf_timeout": LONG_S, "stale_after": 60.0, "queue_size": 10}
+
+
+def patient(folder: Path) -> str:
+    """The argument of bringup and launch that makes the node as patient as TIMING."""
+    path = folder / "patient.yaml"
+    parameters = {**TIMING, "image_reliability": "reliable"}
+    path.write_text(yaml.safe_dump({"qdbev_detector": {"ros__parameters": parameters}}))
+    return f"params:={path}"
 
 
 class Rig:
@@ -122,13 +132,13 @@ class Rig:
 
     def mount(self, moved: dict[str, float], frames: dict[str, str] | None = None) -> None:
         """Sends where the cameras are; `moved` puts some of them metres ahead, `frames` names some otherwise."""
-        transforms = [_transform("base_link", "LIDAR_TOP", 0, LIDAR2EGO)]
+        transforms = [transform("base_link", "LIDAR_TOP", 0, LIDAR2EGO)]
         for camera in CAMERAS:
             rotation = quaternion_multiply(yaw_quaternion(float(YAWS[camera])), OPTICAL)
             x, y = 1.2 * np.cos(YAWS[camera]), 0.5 * np.sin(YAWS[camera])
             position = np.array([x + moved.get(camera, 0.0), y, 1.5])
             child = (frames or {}).get(camera, camera)
-            transforms.append(_transform("base_link", child, 0, Pose(rotation, position)))
+            transforms.append(transform("base_link", child, 0, Pose(rotation, position)))
         self._tf_static.publish(TFMessage(transforms=transforms))
 
     def send(
@@ -222,7 +232,7 @@ class Rig:
 
     def _ego(self, stamp: int, jump_m: float) -> TransformStamped:
         x = 5.0 * (stamp - START_NS) * 1e-9 + jump_m
-        return _transform("map", "base_link", stamp, Pose(np.array([1.0, 0, 0, 0]), np.array([x, 0.0, 0.0])))
+        return transform("map", "base_link", stamp, Pose(np.array([1.0, 0, 0, 0]), np.array([x, 0.0, 0.0])))
 
     def move(self, stamp: int, jump_m: float = 0.0) -> None:
         """Sends where the vehicle is around `stamp`."""
@@ -253,7 +263,7 @@ class Rig:
         self.statuses |= {status.name: status for status in message.status}
 
 
-def _transform(parent: str, child: str, stamp_ns: int, pose: Pose) -> TransformStamped:
+def transform(parent: str, child: str, stamp_ns: int, pose: Pose) -> TransformStamped:
     message = TransformStamped(child_frame_id=child)
     message.header.frame_id, message.header.stamp = parent, ns_to_stamp(stamp_ns)
     t, r = message.transform.translation, message.transform.rotation

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,10 +36,13 @@ class Rig:
             self.tree.insert("map", "base_link", ms * MS, at(ms * 1e-3))
         intrinsics = Intrinsics(np.eye(3), 10, 10)
         self.cameras = {c: CameraState(c, f"/{c}/image", f"/{c}/info", intrinsics) for c in "AB"}
-        frames = Frames("map", "base_link", "LIDAR_TOP")
-        self.assembler = Assembler(
-            self.tree, self.cameras, frames, RigCalibration(), lambda _, m: m.frame, TIMEOUT_S
-        )
+        self.assembler = self.assembler_of("LIDAR_TOP")
+
+    def assembler_of(self, model_frame: str) -> Assembler:
+        return Assembler(
+            self.tree, self.cameras, Frames("base_link", model_frame), RigCalibration(), lambda _, m: m.frame,
+            partial(self.tree.lookup, "map", "base_link"), TIMEOUT_S,
+        )  # fmt: skip
 
     def assemble(self, stamp_ms: int = 500, waited_s: float = 0.0, **frames: str) -> Job | None:
         """The set of `stamp_ms`; `frames` names other frames of pictures."""
@@ -117,14 +121,7 @@ def test_ego_motion_that_ended_is_waited_for_once_and_told(rig: Rig) -> None:
 
 
 def test_without_the_model_frame_there_is_no_answer(rig: Rig) -> None:
-    rig.assembler = Assembler(
-        rig.tree,
-        rig.cameras,
-        Frames("map", "base_link", "ROOF"),
-        RigCalibration(),
-        lambda _, m: m.frame,
-        TIMEOUT_S,
-    )
+    rig.assembler = rig.assembler_of("ROOF")
     assert rig.assemble() is None
     with pytest.raises(TransformUnavailable, match="'ROOF'"):
         rig.assemble(waited_s=TIMEOUT_S)

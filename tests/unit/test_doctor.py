@@ -12,7 +12,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qdbev_ros.core.doctor import CameraSeen, Drive, InfoSeen, Look, PictureSeen, TransformSeen, diagnose
+from qdbev_ros.core.doctor import (
+    CameraSeen,
+    Drive,
+    InfoSeen,
+    Look,
+    OdometrySeen,
+    PictureSeen,
+    TransformSeen,
+    diagnose,
+)
 from qdbev_ros.core.doctor.transforms import DIRECTIONS
 from qdbev_ros.core.geometry import Pose, quaternion_multiply, yaw_quaternion
 from qdbev_ros.core.variant import CAMERAS
@@ -202,11 +211,28 @@ def test_every_missing_camera_is_named(missing: set[str]) -> None:
     assert {f.code for f in found} == {"camera-missing"}
 
 
+def odometry(frame: str = "base_link") -> list[OdometrySeen]:
+    """Two seconds, steadily."""
+    return [OdometrySeen(START + i * 50_000_000, START + i * 50_000_000, frame) for i in range(-2, 40)]
+
+
+def test_odometry_of_a_frame_without_a_transform_to_the_vehicle_is_named() -> None:
+    drive = rig()
+    drive.ego_motion, drive.odometry_topic, drive.odometry = "odometry", "/odom", odometry("imu_link")
+    (finding,) = diagnose(drive).findings
+    assert (finding.code, finding.where) == ("odometry-frame", "/odom")
+    assert "publish base_link -> imu_link on /tf_static" in finding.advice
+    drive.transforms.append(TransformSeen("base_link", "imu_link", 0, START, Pose.identity(), True))
+    assert codes(drive) == set()
+    drive.odometry = odometry("")
+    assert codes(drive) == set()
+
+
 def test_odometry_is_looked_at_where_it_is_the_ego_motion() -> None:
     drive = rig()
     drive.ego_motion, drive.odometry_topic = "odometry", "/odom"
     assert codes(drive) == {"ego-missing"}
-    drive.odometry = [(START + i * 50_000_000, START + i * 50_000_000) for i in range(-2, 40)]
+    drive.odometry = odometry()
     assert codes(drive) == set()
     drive.odometry = drive.odometry[:5] + drive.odometry[30:]
     assert "tf-gap" in codes(drive)
@@ -280,7 +306,8 @@ def test_no_input_makes_it_fail(data: st.DataObject) -> None:
             ]
     drive.transforms = data.draw(st.permutations(drive.transforms))[: data.draw(st.integers(0, 20))]
     drive.ego_motion = data.draw(st.sampled_from(["tf", "odometry"]))
-    drive.odometry = data.draw(st.lists(st.tuples(st.integers(0, 2**62), st.integers(0, 2**62)), max_size=4))
+    times, frames = st.integers(0, 2**62), st.sampled_from(["", "base_link", "imu"])
+    drive.odometry = data.draw(st.lists(st.builds(OdometrySeen, times, times, frames), max_size=4))
     for finding in diagnose(drive).findings:
         assert finding.text
         assert finding.advice

@@ -90,13 +90,22 @@ class TransformSeen:
     static: bool
 
 
+@dataclass(frozen=True)
+class OdometrySeen:
+    """Odometry of `frame` of the vehicle; empty: of the vehicle's own."""
+
+    stamp_ns: int
+    received_ns: int
+    frame: str = ""
+
+
 @dataclass
 class Drive:
     """Everything that was seen, and what the node would expect to see."""
 
     cameras: dict[str, CameraSeen]
     transforms: list[TransformSeen] = field(default_factory=list)
-    odometry: list[tuple[int, int]] = field(default_factory=list)  # stamp, received
+    odometry: list[OdometrySeen] = field(default_factory=list)
     fixed_frame: str = "map"
     base_frame: str = "base_link"
     model_frame: str = "LIDAR_TOP"

@@ -217,7 +217,9 @@ def _check_ego_motion(drive: Drive, links: dict[str, Link]) -> Iterator[Finding]
                 "publish nav_msgs/Odometry there, or set ego_motion to tf",
             )
             return
-        yield from _check_times(drive, drive.odometry_topic, sorted(drive.odometry))
+        yield from _check_odometry_frames(drive, links)
+        entries = sorted((seen.stamp_ns, seen.received_ns) for seen in drive.odometry)
+        yield from _check_times(drive, drive.odometry_topic, entries)
         return
     chain = _chain(links, drive.base_frame)
     name = f"{drive.fixed_frame} -> {drive.base_frame}"
@@ -241,6 +243,20 @@ def _check_ego_motion(drive: Drive, links: dict[str, Link]) -> Iterator[Finding]
             name = f"{link.parent} -> {child}"
             yield from _check_times(drive, name, [(stamp, received) for stamp, received, _ in link.poses])
             yield from _check_jumps(name, link)
+
+
+def _check_odometry_frames(drive: Drive, links: dict[str, Link]) -> Iterator[Finding]:
+    base = drive.base_frame
+    for frame in sorted({seen.frame or base for seen in drive.odometry}):
+        if frame != base and _fixed_pose(links, base, frame) is None:
+            yield Finding(
+                "odometry-frame",
+                drive.odometry_topic,
+                f"the odometry is of {frame!r} (child_frame_id), and no transform leads from there to {base!r}: the "
+                f"vehicle's motion is unknown",
+                f"publish {base} -> {frame} on /tf_static; or, if that is the vehicle's frame by another name, set "
+                f"base_frame in the remapping file",
+            )
 
 
 def _check_times(drive: Drive, name: str, entries: list[tuple[int, int]]) -> Iterator[Finding]:
