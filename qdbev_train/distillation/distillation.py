@@ -14,9 +14,10 @@ from qdbev_train.distillation.losses import bev_divergence, image_divergence, vi
 from qdbev_train.distillation.teacher import Seen, Teacher
 from qdbev_train.model import Output
 
-# Steps between two measurements of the gradients, each of which costs most of a backward pass; how slowly they count.
-MEASURE_EVERY = 50
-MOMENTUM = 0.8
+# Steps between two measurements of the gradients, each of which costs the heads' backward pass; how slowly they count.
+# The divergence falls several times in a student's first hundred steps: a slower mean would be left far behind.
+MEASURE_EVERY = 10
+MOMENTUM = 0.5
 
 
 class Distillation:

@@ -27,7 +27,7 @@ class ActivationQuantiser(nn.Module):
 
     non_negative: True where an operation guarantees it (after ReLU), None where calibration finds out. limit: largest
     possible value (6 after ReLU6). momentum: of the running range in training, 0 for a range that stays. frozen: the
-    running range stands still.
+    running range stands still. listens: False where what it is called with is not what its range is for.
     """
 
     scale: Tensor
@@ -42,6 +42,7 @@ class ActivationQuantiser(nn.Module):
         self.active = True
         self.momentum = 0.0
         self.frozen = False
+        self.listens = True
         self.histogram: Histogram | None = None
         low, high = code_range(bits, signed=not non_negative)
         self.register_buffer("scale", torch.tensor(float("nan")))
@@ -56,13 +57,16 @@ class ActivationQuantiser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape; the same shape."""
+        if self.listens:
+            self.listen(x)
+        return fake_quantise(x, self.scale, self.low, self.high) if self.active else x
+
+    def listen(self, x: Tensor) -> None:
+        """Lets the range take notice of x: in calibration, and in training where it runs."""
         if self.histogram is not None:
             self.histogram.add(x)
-        if not self.active:
-            return x
-        if self.momentum:
+        if self.active and self.momentum:
             self.follow(x, self.momentum)
-        return fake_quantise(x, self.scale, self.low, self.high)
 
     @torch.no_grad()
     def follow(self, x: Tensor, momentum: float) -> None:

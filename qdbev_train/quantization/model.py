@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
@@ -58,8 +57,9 @@ def quantise_model(model: BEVFormer, config: QuantConfig) -> BEVFormer:
     encoder = model.pts_bbox_head.transformer.encoder
     if "encoder" in config.parts and not hasattr(encoder, "bev_quantiser"):
         encoder.bev_quantiser = ActivationQuantiser(config.activation_bits)
-        momentum = config.momentum if config.scales == "running" else 0.0
-        encoder.register_forward_hook(partial(_quantise_bev, momentum=momentum))
+        # The encoder's layers call it too, with BEV queries beside a past that is on its grid: its range is the map's.
+        encoder.bev_quantiser.listens = False
+        encoder.register_forward_hook(_quantise_bev)
     for part in ("encoder", "decoder"):
         if part in config.parts:
             _quantise_linears(model, _LINEARS[part], config)
@@ -69,12 +69,11 @@ def quantise_model(model: BEVFormer, config: QuantConfig) -> BEVFormer:
     return model
 
 
-def _quantise_bev(encoder: nn.Module, _: Any, bev: Tensor, momentum: float) -> Tensor:
+def _quantise_bev(encoder: nn.Module, _: Any, bev: Tensor) -> Tensor:
     """What the decoder sees, and what comes back as the next frame's history, lies on the grid."""
     quantiser = encoder.get_submodule("bev_quantiser")
     assert isinstance(quantiser, ActivationQuantiser)
-    if quantiser.active and momentum:
-        quantiser.follow(bev, momentum)
+    quantiser.listen(bev)
     return quantiser(bev)
 
 
@@ -97,7 +96,6 @@ def _share_bev_quantiser(model: BEVFormer) -> None:
 
 def _set_scales(model: BEVFormer, config: QuantConfig) -> None:
     """Makes scales behave in training as `config.scales` says."""
-    shared = getattr(model.pts_bbox_head.transformer.encoder, "bev_quantiser", None)
     for module in model.modules():
         if (
             isinstance(module, (ActivationQuantiser, QuantisedLayer, TableQuantiser))
@@ -105,8 +103,7 @@ def _set_scales(model: BEVFormer, config: QuantConfig) -> None:
         ):
             module.learn_scale()
         elif isinstance(module, ActivationQuantiser) and config.scales == "running":
-            # The shared one follows the encoder's output alone: elsewhere it sees its own, already cut off.
-            module.momentum = 0.0 if module is shared else config.momentum
+            module.momentum = config.momentum
         elif isinstance(module, (QuantisedLayer, TableQuantiser)) and config.scales == "running":
             module.follows_weight = True
 

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BINS = 2048
+# The largest weight would lie half-way between its channel's last code and one that there isn't, be cut off and get no
+# gradient; this much wider, it lies inside.
+INSIDE = 1 + 1e-5
 
 
 class Histogram:
@@ -91,7 +94,7 @@ def weight_scales(weight: Tensor, bits: int, method: str) -> Tensor:
     largest = flat.abs().amax(1).clamp_min(1e-12)
     widest = 2 * largest / (2**bits - 1)
     if method == "minmax":
-        return widest
+        return widest * INSIDE
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     best = widest.clone()
     least = torch.full_like(widest, torch.inf)

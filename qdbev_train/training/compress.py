@@ -7,6 +7,7 @@ state, and a finished stage has a model file with all its steps. So the folders 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ from qdbev_train.training.stages import FINAL, Stage, plan_stages
 from qdbev_train.training.student import StudentLoss
 
 SETTINGS = "settings.json"
+TEACHER = "teacher_sha256"  # its file may have been trained on under the same name
+SHORTEST = 10  # warm-ups in a stage, at least
 # What may change when a compression goes on; and what may differ from another one whose stages are taken over.
 _FREE = {"evaluation", "stages_from"}
 _FREE_OF_OTHER = _FREE | {"method", "out", "distillation"}
@@ -75,9 +78,10 @@ def compress(config: CompressConfig) -> Path:
     if "quantisation" in metadata:
         raise ConfigError(f"{config.teacher}: quantised already; compress starts from a float model")
     out = Path(config.out)
-    _require_equal(config, out / SETTINGS, _FREE)
+    settings = config.to_dict() | {TEACHER: hashlib.sha256(Path(config.teacher).read_bytes()).hexdigest()}
+    _require_equal(settings, out / SETTINGS, _FREE)
     if config.stages_from:
-        _require_equal(config, Path(config.stages_from) / SETTINGS, _FREE_OF_OTHER)
+        _require_equal(settings, Path(config.stages_from) / SETTINGS, _FREE_OF_OTHER)
     origin = metadata.get("provenance", {})
     result = out / "model.safetensors"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -86,7 +90,7 @@ def compress(config: CompressConfig) -> Path:
             raise ConfigError("method ptq is calibration alone; run it without torchrun")
         model, _, _ = load_model(config.teacher)
         frames = calibration_frames(config, variant)
-        _leave_settings(config, out / SETTINGS)
+        _leave_settings(settings, out / SETTINGS)
         model = post_training_quantise(model.to(_device()), frames, config.quantisation)
         made = {"teacher": origin, "compression": config.to_dict()}
         save_model(result, model, variant, made, config.quantisation.to_dict())
@@ -97,7 +101,7 @@ def compress(config: CompressConfig) -> Path:
     steps = training.length.steps(-(-data.samples // (training.batch * processes)))
     job = _Job(config, variant, origin, data, training, steps, processes)
     stages = plan_stages(config.method, config.stages, config.quantisation.parts, steps)
-    _leave_settings(config, out / SETTINGS)
+    _leave_settings(settings, out / SETTINGS)
     model_file = Path(config.teacher)
     for number, stage in enumerate(stages, start=1):
         _say(f"stage {number} of {len(stages)}, {stage.name}: {stage.steps} of {steps} steps")
@@ -134,6 +138,8 @@ def _stage(job: _Job, number: int, stage: Stage, before: Path) -> Path:
         out=str(folder),
         init=str(before),
         length=Span(stage.steps, "steps"),
+        # A short stage would be over before it is warm, and would hand over a network that never annealed.
+        warmup_steps=min(job.training.warmup_steps, stage.steps // SHORTEST),
         seed=config.seed + number,
     )
     helps = before.with_name("last.safetensors")
@@ -207,25 +213,25 @@ def _finished(model_file: Path, steps: int) -> bool:
     return bool(metadata.get("provenance", {}).get("steps") == steps)
 
 
-def _leave_settings(config: CompressConfig, path: Path) -> None:
+def _leave_settings(settings: dict[str, Any], path: Path) -> None:
     """What a later call is held to. Left once the data are found: an error before must not bind anyone."""
     if os.environ.get("RANK", "0") == "0":
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
         os.replace(temporary, path)
 
 
-def _require_equal(config: CompressConfig, path: Path, free: set[str]) -> None:
+def _require_equal(settings: dict[str, Any], path: Path, free: set[str]) -> None:
     """Refuses to go on where other settings were left, but for the `free` ones."""
     if not path.exists():
         return
     before = json.loads(path.read_text())
-    now = json.loads(json.dumps(config.to_dict()))
+    now = json.loads(json.dumps(settings))
     # The folder and how often to score stand in the training settings as well, for the loop.
-    for settings in (before, now):
+    for kept in (before, now):
         for key in (*free, "save_every"):
-            (settings.get("training") or {}).pop(key, None)
+            (kept.get("training") or {}).pop(key, None)
     changed = [k for k in now if k not in free and before.get(k) != now[k]]
     if changed:
         raise ConfigError(

@@ -124,6 +124,17 @@ def test_each_stage_warms_up_anew_or_all_share_one_curve(whole: Path, teacher: P
     assert rates[1:] == sorted(rates[1:], reverse=True)
 
 
+def test_a_stage_that_is_shorter_than_the_warm_up_still_anneals(teacher: Path, tmp_path: Path) -> None:
+    config = settings(teacher, tmp_path, "progressive", stages=StageLengths(0, 0, 0, 1, 1))
+    assert config.training is not None
+    training = replace(config.training, length=Span(20, "steps"), warmup_steps=15)
+    compress(replace(config, training=training))
+    for stage in ("1_decoder", "2_final"):
+        rates = curve(tmp_path, stage, "lr")[1]
+        assert max(rates) > 0.9 * training.learning_rate
+        assert rates[-1] < 0.1 * training.learning_rate
+
+
 class Interrupted:
     """Training data that press Ctrl-C at a step, counted over all stages."""
 
@@ -174,6 +185,24 @@ def test_stages_of_another_compression_are_taken_over(whole: Path, teacher: Path
 def test_going_on_with_other_settings_is_refused_by_name(whole: Path, teacher: Path) -> None:
     with pytest.raises(ConfigError, match=r"other settings \(seed\)"):
         compress(settings(teacher, whole, "vgd", seed=8))
+
+
+def test_students_of_another_teacher_under_the_same_name_are_not_taken_over(tmp_path: Path) -> None:
+    file, config = (
+        tmp_path / "model.safetensors",
+        settings(tmp_path / "model.safetensors", tmp_path / "out", "ptq"),
+    )
+    save_model(file, small_model(), small_variant(), {"steps": 0}, None)
+    compress(config)
+    trained_on = small_model()
+    with torch.no_grad():
+        next(trained_on.parameters()).add_(0.01)
+    save_model(file, trained_on, small_variant(), {"steps": 1}, None)
+    with pytest.raises(ConfigError, match="teacher_sha256"):
+        compress(config)
+    other = settings(file, tmp_path / "other", "vgd", stages_from=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="teacher_sha256"):
+        compress(other)
 
 
 def test_a_wrong_data_root_leaves_nothing_that_a_later_call_is_held_to(teacher: Path, tmp_path: Path) -> None:

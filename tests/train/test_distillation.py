@@ -310,3 +310,26 @@ def test_a_setting_that_does_not_exist_is_refused() -> None:
         DistillationConfig(temperature=0.0)
     with pytest.raises(ConfigError, match="method 'kd'"):
         Distillation(object(), "kd", DistillationConfig())
+
+
+def test_the_weight_keeps_up_with_a_divergence_that_falls() -> None:
+    """It falls tenfold in fifty steps, as those of real students do at the beginning."""
+    teacher, student = Teacher(small_model()), small_model()
+    batch = frames(student, 1)[0]
+    noise = torch.Generator().manual_seed(1)
+    start = [p.detach().clone() for p in student.parameters()]
+    away = [0.02 * torch.randn(p.shape, generator=noise) for p in student.parameters()]
+    distillation = Distillation(teacher, "vgd", DistillationConfig(weighting="gradient", weight=0.25))
+    for step in range(50):
+        with torch.no_grad():
+            for parameter, origin, distance in zip(student.parameters(), start, away, strict=True):
+                parameter.copy_(origin + 10 ** (-step / 200) * distance)
+        out = run_batch(student, batch, None)
+        task = out.class_logits.square().mean() + out.boxes.square().mean()
+        loss, _ = distillation.loss(look(teacher, batch), out, task)
+        if step > 45:
+            norms = []
+            for x in (loss, task):
+                gradients = torch.autograd.grad(x, [out.bev, *out.image_features], retain_graph=True)
+                norms.append(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
+            assert float(norms[0] / norms[1]) == pytest.approx(0.25, rel=0.5)

