@@ -4,6 +4,9 @@
 Example: ros2 launch qdbev_ros detect.launch.py model:=demo/nano.qdbev bag:=demo/town.mcap rviz:=true
 """
 
+import signal
+from functools import partial
+
 from ament_index_python.packages import PackageNotFoundError
 from launch.actions import (
     DeclareLaunchArgument,
@@ -21,7 +24,7 @@ from launch_ros.actions import Node
 from launch_ros.substitutions import ExecutableInPackage
 
 from launch import LaunchContext, LaunchDescription
-from qdbev_ros.bringup import ARGUMENTS, PACKAGE, Process, describe
+from qdbev_ros.bringup import ARGUMENTS, PACKAGE, Process, describe, loss
 from qdbev_ros.core.errors import ConfigError, QdbevError
 
 
@@ -35,9 +38,11 @@ def start(context: LaunchContext):
         raise RuntimeError(str(error)) from None  # ros2 launch prints the text and exits with 1
     actions = [LogInfo(msg=f"warning: {warning}") for warning in bringup.warnings]
     actions += [SetEnvironmentVariable(name, value) for name, value in bringup.environment.items()]
+    failures: list[str] = []
     for process in bringup.processes:
         node = make_node(process)
-        actions += [RegisterEventHandler(OnProcessExit(target_action=node, on_exit=end_all)), node]
+        on_exit = partial(ended, process, failures)
+        actions += [RegisterEventHandler(OnProcessExit(target_action=node, on_exit=on_exit)), node]
     return actions
 
 
@@ -65,18 +70,20 @@ def make_node(process: Process) -> Node:
     )
 
 
-def end_all(event: ProcessExited, context: LaunchContext):
-    """Where one process ends, all end; where one fails, launch fails, for scripts to see it.
+def ended(process: Process, failures: list[str], event: ProcessExited, context: LaunchContext):
+    """Ends the others where the process ends all. Launch fails where any process failed, for scripts to see it.
 
-    A second Shutdown while one is under way would make launch exit with 1.
+    Only an exception makes launch fail, and it ends everything: a failure that does not is kept until the end. While a
+    shutdown is under way an exception disturbs nothing; a second Shutdown, too, would make launch fail.
     """
-    if context.is_shutdown:
-        return []
-    if event.returncode:
-        raise RuntimeError(
-            f"{event.process_name} ended with exit code {event.returncode}, see its line above"
-        )
-    return [EmitEvent(event=Shutdown(reason=f"{event.process_name} is done"))]
+    code = event.returncode
+    if code and not (context.is_shutdown and code in (-signal.SIGINT, -signal.SIGTERM)):
+        failures.append(f"{event.process_name} ended with exit code {code}, see its line above")
+    if not (process.ends_all or context.is_shutdown):
+        return [LogInfo(msg=f"warning: {loss(process, code)}")]
+    if failures:
+        raise RuntimeError(failures.pop(0))
+    return [] if context.is_shutdown else [EmitEvent(event=Shutdown(reason=f"{event.process_name} is done"))]
 
 
 def generate_launch_description() -> LaunchDescription:

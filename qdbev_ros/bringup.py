@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,7 +81,7 @@ ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Process:
-    """One process. `parameters` win over `parameter_files`. Where one ends, all end."""
+    """One process. `parameters` win over `parameter_files`; where one ends that `ends_all`, the others end, too."""
 
     name: str  # of the node
     package: str
@@ -90,6 +90,7 @@ class Process:
     parameter_files: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     remappings: tuple[tuple[str, str], ...] = ()
+    ends_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,10 @@ def describe(given: Mapping[str, str], environment: Mapping[str, str] | None = N
     if values["record"]:
         topics = " ".join(recorded_topics(preset, images=values["record_images"] == "true"))
         # The recorder keeps to the wall clock: on a looped bag the bag's own time would go back in the file.
-        processes.append(
-            Process(
-                "qdbev_recorder", PACKAGE, "recorder_node", {"output": values["record"], "topics": topics}
-            )
-        )
+        # A replay is for its recording and can be had again; a vehicle needs its detector, whatever becomes of that.
+        parameters: dict[str, str | bool | int | float] = {"output": values["record"], "topics": topics}
+        ends_all = bool(values["bag"])
+        processes.append(Process("qdbev_recorder", PACKAGE, "recorder_node", parameters, ends_all=ends_all))
     if values["bag"]:
         processes.append(_player(values, preset))
     if values["rviz"] == "true":
@@ -153,6 +153,8 @@ def _checked(given: Mapping[str, str]) -> dict[str, str]:
     for name in ("model", "bag", "params", "calibration"):
         if values[name] and not Path(values[name]).exists():
             raise ConfigError(f"argument {name}: {values[name]} doesn't exist")
+    if values["record"] and not values["record"].endswith(".mcap"):
+        raise ConfigError(f"argument record: {values['record']} is no name of an MCAP file: give OUT.mcap")
     for name, kind in (("rate", float), ("queue_size", int)):
         try:
             kind(values[name] or "0")
@@ -177,7 +179,7 @@ def _detector(values: dict[str, str], sim_time: dict[str, str | bool | int | flo
         # A replay should answer every set, even on a slow machine; our player offers reliable images.
         parameters |= {"image_reliability": "reliable", "tf_timeout": 2.0, "sync_deadline": 0.8}
     file = values["params"] or str(config_folder() / "detector.yaml")
-    return Process(DETECTOR, PACKAGE, "detector_node", parameters, (file,))
+    return Process(DETECTOR, PACKAGE, "detector_node", parameters, (file,), ends_all=True)
 
 
 def _player(values: dict[str, str], preset: TopicPreset) -> Process:
@@ -198,7 +200,7 @@ def _player(values: dict[str, str], preset: TopicPreset) -> Process:
         "linger": LINGER_S,
         "max_ahead": int(values["queue_size"] or 0),
     }
-    return Process("qdbev_bag_player", PACKAGE, "bag_player_node", parameters)
+    return Process("qdbev_bag_player", PACKAGE, "bag_player_node", parameters, ends_all=True)
 
 
 def _rviz(preset: TopicPreset, sim_time: dict[str, str | bool | int | float]) -> Process:
@@ -249,8 +251,14 @@ def command(process: Process, folder: Path) -> list[str]:
     return [*start, "--ros-args", *remaps, *files]
 
 
+def loss(process: Process, code: int) -> str:
+    """What is told where a process ended that does not end all."""
+    how = f"failed with exit code {code}, see its line above" if code else "ended"
+    return f"{process.name} {how}: the detector goes on without it"
+
+
 def run(bringup: Bringup) -> int:
-    """Starts everything, ends everything when one process ends or on Ctrl-C. The first failure's exit code, or 0."""
+    """Starts everything; ends everything on Ctrl-C, or with a process that ends all. The first failure's code, or 0."""
     stop = False
 
     def request_stop(*_: object) -> None:
@@ -267,9 +275,7 @@ def run(bringup: Bringup) -> int:
         # Sessions of their own: Ctrl-C in the terminal reaches this process, which passes it on once.
         running = [subprocess.Popen(line, env=environment, start_new_session=True) for line in commands]
         try:
-            while not stop and all(process.poll() is None for process in running):
-                time.sleep(0.05)
-            ended = [process.returncode for process in running if process.poll() is not None]
+            ended = _watch(bringup.processes, running, lambda: stop)
         finally:
             _stop(running)
     # Ended by our own signals is no failure; killed because it would not end, or a complaint, is.
@@ -277,6 +283,24 @@ def run(bringup: Bringup) -> int:
     forced = [code for code in forced if code not in (-signal.SIGINT, -signal.SIGTERM)]
     code = next((code for code in [*ended, *forced] if code), 0)
     return code if code >= 0 else 128 - code
+
+
+def _watch(
+    processes: Sequence[Process], running: Sequence[subprocess.Popen[bytes]], stopped: Callable[[], bool]
+) -> list[int]:
+    """Until a stop, or the end of a process that ends all; the codes of those that ended by themselves, in order."""
+    codes: dict[str, int] = {}
+    while not stopped():
+        for process, started in zip(processes, running):
+            code = started.poll()
+            if code is None or process.name in codes:
+                continue
+            codes[process.name] = code
+            if process.ends_all:
+                return list(codes.values())
+            print(f"bringup: warning: {loss(process, code)}", file=sys.stderr, flush=True)
+        time.sleep(0.05)
+    return list(codes.values())
 
 
 def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -35,15 +35,15 @@ class McapFile:
         self.path = Path(path)
         if self.path.suffix != ".mcap":
             raise DataError(f"{self.path}: a bag is one MCAP file, give a name that ends in .mcap")
+        # Version 8 spells the offered QoS in numbers, which Humble and everything after it understands. rosbags writes
+        # a folder around its file; the file alone is complete, and names itself as the folder.
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.stem}-", dir=self.path.parent))
+            self._writer = Writer(self._written.parent, version=8, storage_plugin=StoragePlugin.MCAP)
+            self._writer.open()
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written: {error.strerror}") from error
-        # Version 8 spells the offered QoS in numbers, which Humble and everything after it understands. rosbags writes
-        # a folder around its file; the file alone is complete, and names itself as the folder.
-        self._writer = Writer(self._folder / self.path.stem, version=8, storage_plugin=StoragePlugin.MCAP)
-        self._writer.open()
         self._connections: dict[str, Connection] = {}
         self._failure: OSError | None = None  # of a write
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from qdbev_ros.ros.domain import free_domain
 from qdbev_ros.ros.presets import config_folder
 
@@ -100,6 +102,12 @@ class Graph:
         running = Running(process, log)
         self._running.append(running)
         return running
+
+
+def child(running: Running, name: str) -> psutil.Process:
+    """The process below `running` whose command names `name`."""
+    below = psutil.Process(running.process.pid).children(recursive=True)
+    return next(process for process in below if name in " ".join(process.cmdline()))
 
 
 def until(

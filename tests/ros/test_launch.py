@@ -14,7 +14,8 @@ from qdbev_ros.bringup import ARGUMENTS
 from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.recording import read_detections
 from tests.ros.drive import PERIOD_NS, START_NS
-from tests.ros.graph import Graph, Running
+from tests.ros.graph import Graph, Running, child
+from tests.ros.rig import Rig, patient
 
 LAUNCH_FILE = Path(__file__).resolve().parents[2] / "launch" / "detect.launch.py"
 pytestmark = pytest.mark.skipif(shutil.which("ros2") is None, reason="ros2 launch is not installed")
@@ -61,3 +62,18 @@ def test_bad_arguments_and_failing_processes_fail_the_launch(
     failing = launch(graph, f"model:={package}", f"bag:={tmp_path / 'text.mcap'}")
     assert failing.wait() == 1
     assert "text.mcap cannot be read" in failing.output
+
+
+def test_without_a_bag_a_recorder_that_dies_is_told_and_detection_goes_on(
+    graph: Graph, package: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("qdbev_msgs", reason="qdbev_msgs tells which cameras were used")
+    run = launch(graph, f"model:={package}", f"record:={tmp_path / 'lost.mcap'}", patient(tmp_path))
+    run.wait_for("ready: nano")
+    child(run, "recorder_node").kill()
+    run.wait_for("the detector goes on without it")
+    with Rig(graph, run) as rig:
+        assert rig.ask()
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait() == 1, "scripts see that the recording failed"
+    assert run.output.rstrip().rsplit("\n", 1)[1].startswith("[ERROR]")

@@ -64,6 +64,7 @@ def test_every_parameter_that_is_passed_is_declared_with_that_type(given: dict[s
         ({"model": "nowhere.qdbev"}, r"model: /.*/nowhere\.qdbev doesn't exist"),
         ({"bag": "nowhere.mcap"}, r"bag: /.*/nowhere\.mcap doesn't exist"),
         ({"params": "nowhere.yaml"}, r"params: /.*/nowhere\.yaml doesn't exist"),
+        ({"record": "run.bag"}, r"record: /.*/run\.bag is no name of an MCAP file"),
         ({"loop": "perhaps"}, "loop is 'perhaps'"),
         ({"rate": "fast"}, "rate is 'fast'"),
         ({"preset": "moon"}, "no preset 'moon'"),
