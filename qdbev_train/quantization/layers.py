@@ -10,7 +10,7 @@ are parameters ("learned"); their names are the same, so that a checkpoint does 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from qdbev_train.model.dcn import ModulatedDeformConv2d, deformed_taps
@@ -70,9 +70,13 @@ class ActivationQuantiser(nn.Module):
 
     @torch.no_grad()
     def follow(self, x: Tensor, momentum: float) -> None:
-        """Moves the scale towards the range of x in training, unless it is frozen."""
+        """Moves the scale towards the range of x, on all processes together, in training, unless it is frozen."""
         if self.training and not self.frozen:
-            step = symmetric_step(x.abs().amax().clamp(1e-6, self.limit), self.low, self.high)
+            peak = x.abs().amax().float()
+            # Each process sees its share of a batch; all of them run the same quantisers in the same order.
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(peak, distributed.ReduceOp.MAX)
+            step = symmetric_step(peak.clamp(1e-6, self.limit), self.low, self.high)
             self.scale.lerp_(step, 1.0 - momentum)
 
     def learn_scale(self) -> None:

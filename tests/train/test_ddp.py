@@ -22,7 +22,7 @@ from qdbev_train.checkpoint import read_tensors, save_model, write_tensors
 from qdbev_train.cli import main
 from qdbev_train.model import build_model
 from qdbev_train.training.plot_command import read_scalar
-from tests.model_samples import small_variant
+from tests.model_samples import small_model, small_variant
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -76,12 +76,12 @@ def write_config(folder: Path, root: Path, name: str, batch: int, history: str) 
     return config
 
 
-def run_two_processes(config: Path) -> str:
-    """What tests/ddp_worker.py prints under torchrun; nothing of it is left running, whatever happens."""
+def run_two_processes(*arguments: str) -> str:
+    """What a script (or `-m` a module) prints under torchrun; nothing of it is left running, whatever happens."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [*torchrun, str(ROOT / "tests" / "ddp_worker.py"), str(config)],
+        [*torchrun, *arguments],
         cwd=ROOT,
         env=os.environ | paths,
         stdout=subprocess.PIPE,
@@ -103,7 +103,8 @@ def test_two_processes_stopped_and_resumed_train_as_one_with_twice_the_batch(
     tmp_path: Path, small_root: Path
 ) -> None:
     """A SIGTERM to one of them stops both at the same step; both go on where they were."""
-    said = run_two_processes(write_config(tmp_path, small_root, "two", batch=1, history="stream"))
+    config = write_config(tmp_path, small_root, "two", batch=1, history="stream")
+    said = run_two_processes(str(ROOT / "tests" / "ddp_worker.py"), str(config))
     stops = re.findall(r"qdbev: stopped at step (\d+) of 8; the same command goes on from there", said)
     assert len(stops) == 1
     assert 2 <= int(stops[0]) < STEPS
@@ -135,3 +136,33 @@ def test_another_number_of_processes_is_refused(
     write_tensors(last, tensors, metadata | {"processes": 2})
     assert main(["train", str(config)]) == 2
     assert "is of a run on 2 processes, this one has 1" in capsys.readouterr().err
+
+
+def write_compression(folder: Path, root: Path, name: str, batch: int) -> Path:
+    """Two steps in which every range moves half of the way, and weights hardly."""
+    start = folder / "start.safetensors"
+    save_model(start, small_model(), replace(small_variant(), name="sample"), {}, None)
+    data = yaml.safe_load((ROOT / "config" / "compress" / "nano_town_qat.yaml").read_text())
+    data |= {"teacher": str(start), "out": str(folder / name), "calibration": {"steps": 2, "batch": 1}}
+    data["data"] = {"root": str(root), "version": "v1.0-mini", "split": "mini_val"}
+    data["quantisation"] |= {"weight_bits": 8, "activation_bits": 8, "scales": "running", "momentum": 0.5}
+    data["quantisation"] |= {"weight_range": "minmax", "activation_range": "minmax"}
+    data["training"] |= {"precision": "float32", "length": "2 steps", "batch": batch, "learning_rate": 1.0e-6}
+    data["training"] |= {"query_groups": 0, "denoising_groups": 0, "dense_heads": False}
+    data["training"] |= {"turn": False, "light": 0.0, "photometric": True}
+    config = folder / f"{name}.yaml"
+    config.write_text(yaml.safe_dump(data))
+    return config
+
+
+@pytest.mark.slow
+def test_ranges_that_run_on_two_processes_see_what_both_see(tmp_path: Path, small_root: Path) -> None:
+    config = write_compression(tmp_path, small_root, "two", batch=1)
+    run_two_processes("-m", "qdbev_train.cli", "compress", str(config))
+    assert main(["compress", str(write_compression(tmp_path, small_root, "one", batch=2))]) == 0
+    one, two = (read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("one", "two"))
+    scales = [key for key in one if key.endswith(".scale") and one[key].ndim == 0]
+    assert len(scales) > 30
+    apart = {key: float(two[key] / one[key]) for key in scales}
+    # One code more or less in between moves a range by less than a hundredth, another picture by up to a third.
+    assert apart == pytest.approx(dict.fromkeys(scales, 1.0), abs=0.01)
