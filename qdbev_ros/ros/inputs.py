@@ -103,9 +103,9 @@ class Inputs:
                 self._listen(CameraInfo, state.info_topic, partial(self._on_info, camera), infos)
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._listen(TFMessage, "/tf_static", self._on_tf_static, latched)
-        if self._parameters.ego_motion == "tf":
-            self._listen(TFMessage, "/tf", self._on_tf, QoSProfile(depth=200))
-        else:
+        # With odometry, too: some tools send where the sensors are on /tf alone.
+        self._listen(TFMessage, "/tf", self._on_tf, QoSProfile(depth=200))
+        if self._parameters.ego_motion == "odometry":
             quality = QoSProfile(depth=200, reliability=ReliabilityPolicy.BEST_EFFORT)
             self._listen(Odometry, preset.odometry, self._on_odometry, quality)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,22 @@ def rename_topics(source: Path, out: Path) -> Path:
     return out
 
 
-def test_odometry_stands_in_for_tf(graph: Graph, package: Path, short_bag: Path, tmp_path: Path) -> None:
-    bag = edit_bag(short_bag, tmp_path / "odom.mcap", lambda topic, m: None if topic == "/tf" else m)
+def test_odometry_stands_in_for_the_motion_on_tf_where_the_mountings_may_be_too(
+    graph: Graph, package: Path, short_bag: Path, tmp_path: Path
+) -> None:
+    """Some converters repeat the sensors' transforms on /tf and have no /tf_static."""
+    with BagReader(short_bag) as source:
+        ((_, _, mountings),) = source.messages(["/tf_static"])
+
+    def repeat(topic: str, message: Any) -> Any:
+        if topic == "/tf":
+            stamp = message.transforms[0].header.stamp
+            message.transforms = copy.deepcopy(mountings.transforms)
+            for transform in message.transforms:
+                transform.header.stamp = stamp
+        return None if topic == "/tf_static" else message
+
+    bag = edit_bag(short_bag, tmp_path / "odom.mcap", repeat)
     params = tmp_path / "params.yaml"
     params.write_text("qdbev_detector: {ros__parameters: {ego_motion: odometry}}")
     out = tmp_path / "answers.mcap"
@@ -142,6 +157,7 @@ def test_odometry_stands_in_for_tf(graph: Graph, package: Path, short_bag: Path,
     assert run.wait() == 0, run.output
     with BagReader(out) as answers:
         assert sorted(read_detections(answers, "qdbev_detector")) == STAMPS
+        assert "memory_resets.no_ego_motion" not in read_status(answers, PIPELINE)
 
 
 def test_the_players_clock_is_the_bags_time(graph: Graph, short_bag: Path, tmp_path: Path) -> None:

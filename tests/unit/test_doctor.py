@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from qdbev_ros.bringup import ARGUMENTS
 from qdbev_ros.core.doctor import (
     CameraSeen,
     Drive,
@@ -243,7 +244,25 @@ def test_the_topmost_frame_is_offered_where_the_fixed_one_is_missing() -> None:
     drive.fixed_frame = "world"
     (finding,) = diagnose(drive).findings
     assert (finding.code, finding.where) == ("ego-missing", "world -> base_link")
-    assert "fixed_frame:=map" in finding.advice
+    assert "topmost frame is 'map': set fixed_frame to that in the remapping file" in finding.advice
+
+
+def test_odometry_is_offered_where_the_fixed_frame_is_missing() -> None:
+    drive = rig()
+    drive.transforms = [t for t in drive.transforms if t.child != "base_link"]
+    drive.odometry_topic, drive.odometry = "/odom", odometry()
+    (finding,) = diagnose(drive).findings
+    assert finding.code == "ego-missing"
+    assert (
+        "set ego_motion to odometry in the remapping file or the parameter file (params:=)" in finding.advice
+    )
+
+
+def test_advice_names_no_launch_argument_that_there_is_not() -> None:
+    """`name:=value` is for `ros2 launch`; what is a parameter alone has its place in a file."""
+    source = "".join(path.read_text() for path in (ROOT / "qdbev_ros" / "core" / "doctor").glob("*.py"))
+    named = set(re.findall(r"(\w+):=", source))
+    assert {"params", "calibration"} <= named <= {argument.name for argument in ARGUMENTS}
 
 
 def test_two_parents_are_named() -> None:

@@ -190,5 +190,6 @@ def _check_spread(drive: Drive, seen: list[CameraSeen]) -> Iterator[Finding]:
         name,
         f"pictures of one set are {spread * 1e3:.0f} ms apart (at most {drive.max_spread * 1e3:.0f} ms are taken); "
         f"{name} is {off.max() * 1e3:.0f} ms from the middle",
-        f"trigger the cameras together or correct {name}'s stamps; max_spread:={spread * 1.2:.2f} takes them",
+        f"trigger the cameras together or correct {name}'s stamps; the node takes them with the parameter max_spread "
+        f"at {spread * 1.2:.2f}",
     )

@@ -24,6 +24,7 @@ DIRECTIONS = {
     "CAM_FRONT_RIGHT": -55,
 }
 MAX_TURN = 60.0  # degrees from the direction that a camera's name promises
+SET_IN = "in the remapping file or the parameter file (params:=)"
 OPTICAL = "the optical frame has x right, y down, z forward in the picture (REP 103)"
 
 
@@ -214,7 +215,7 @@ def _check_ego_motion(drive: Drive, links: dict[str, Link]) -> Iterator[Finding]
                 "ego-missing",
                 drive.odometry_topic,
                 f"no odometry on {drive.odometry_topic}",
-                "publish nav_msgs/Odometry there, or set ego_motion to tf",
+                f"publish nav_msgs/Odometry there, or set ego_motion to tf {SET_IN}",
             )
             return
         yield from _check_odometry_frames(drive, links)
@@ -225,11 +226,15 @@ def _check_ego_motion(drive: Drive, links: dict[str, Link]) -> Iterator[Finding]
     name = f"{drive.fixed_frame} -> {drive.base_frame}"
     if drive.fixed_frame not in chain:
         top = (
-            f"; {drive.base_frame}'s topmost frame is {chain[-1]!r}: fixed_frame:={chain[-1]}"
+            f"; {drive.base_frame}'s topmost frame is {chain[-1]!r}: set fixed_frame to that {SET_IN}"
             if chain[1:]
             else ""
         )
-        odometry = f", or ego_motion:=odometry, which {drive.odometry_topic} offers" if drive.odometry else ""
+        odometry = (
+            f", or set ego_motion to odometry {SET_IN}: there is {drive.odometry_topic}"
+            if drive.odometry
+            else ""
+        )
         yield Finding(
             "ego-missing",
             name,
@@ -255,7 +260,7 @@ def _check_odometry_frames(drive: Drive, links: dict[str, Link]) -> Iterator[Fin
                 f"the odometry is of {frame!r} (child_frame_id), and no transform leads from there to {base!r}: the "
                 f"vehicle's motion is unknown",
                 f"publish {base} -> {frame} on /tf_static; or, if that is the vehicle's frame by another name, set "
-                f"base_frame in the remapping file",
+                f"base_frame {SET_IN}",
             )
 
 
@@ -295,7 +300,7 @@ def _check_times(drive: Drive, name: str, entries: list[tuple[int, int]]) -> Ite
             name,
             f"poses arrive {float(np.median(waits)):.2f} s after their pictures{lost}",
             f"every set waits for them (tf_timeout is {drive.tf_timeout:g} s): publish poses faster, or take "
-            f"odometry that is in time (ego_motion:=odometry)",
+            f"odometry that is in time (set ego_motion to odometry {SET_IN})",
         )
 
 
