@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from qdbev_ros.core.errors import ConfigError, QdbevError
+from qdbev_ros.core.signals import on_stop
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.presets import TopicPreset, config_folder, is_file_name, load_preset
 
@@ -258,21 +259,20 @@ def loss(process: Process, code: int) -> str:
 
 
 def run(bringup: Bringup) -> int:
-    """Starts everything; ends everything on Ctrl-C, or with a process that ends all. The first failure's code, or 0."""
+    """Starts everything; ends it on a signal, or with a process that ends all. The first failure's exit code, or 0."""
     stop = False
 
     def request_stop(*_: object) -> None:
         nonlocal stop
         stop = True
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
+    on_stop(request_stop)
     for warning in bringup.warnings:
         print(f"bringup: warning: {warning}", file=sys.stderr, flush=True)
     environment = os.environ | bringup.environment
     with tempfile.TemporaryDirectory(prefix="qdbev-") as folder:
         commands = [command(process, Path(folder)) for process in bringup.processes]
-        # Sessions of their own: Ctrl-C in the terminal reaches this process, which passes it on once.
+        # Sessions of their own: what the terminal sends reaches this process, which passes it on once.
         running = [subprocess.Popen(line, env=environment, start_new_session=True) for line in commands]
         try:
             ended = _watch(bringup.processes, running, lambda: stop)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from qdbev_ros.bringup import describe
 from qdbev_ros.core.errors import ConfigError, QdbevError
+from qdbev_ros.core.signals import on_stop
 from qdbev_ros.core.soak_figures import Sample, around_engine_ms, figures, missed_limits, table
 from qdbev_ros.engine.cache import cpu_name
 from qdbev_ros.ros.bags import BagReader
@@ -108,12 +109,11 @@ def _soak(args: argparse.Namespace) -> int:
 
 
 class _StopRequest:
-    """Ctrl-C and SIGTERM end the run early; what was measured so far is written."""
+    """A signal ends the run early; what was measured so far is written."""
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        on_stop(self._ask)
 
     def _ask(self, *_: object) -> None:
         self.asked = True

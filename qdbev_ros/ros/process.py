@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 from qdbev_ros.core.errors import ConfigError, QdbevError
+from qdbev_ros.core.signals import on_stop
 
 
 class ManagedNode(Protocol):
@@ -31,7 +31,7 @@ class ManagedNode(Protocol):
 
 
 def run(name: str, make: Callable[[], ManagedNode]) -> int:
-    """Runs a node until it is finished or a SIGINT or SIGTERM; exit code 0, or 2 where the user must mend something."""
+    """Runs a node until it is finished or a signal; exit code 0, or 2 where the user must mend something."""
     stop = threading.Event()
     started = threading.Event()
 
@@ -40,8 +40,7 @@ def run(name: str, make: Callable[[], ManagedNode]) -> int:
         if not started.is_set():  # nothing to finish yet: loading a model need not be waited for
             raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+    on_stop(end)
     try:
         _init()
         managed = make()

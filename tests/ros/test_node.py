@@ -83,7 +83,7 @@ def test_the_reset_service_empties_the_memory(
         assert read_status(bag, PIPELINE)["memory_resets.service"] == "1"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_the_node_cleanly(graph: Graph, package: Path, number: int) -> None:
     node = graph.node("detector_node", model=package)
     node.wait_for("ready")
