@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qdbev_ros.core.errors import DataError
-from qdbev_train.evaluation.results import Entry
+from qdbev_train.evaluation.results import Entry, write_text
 
 
 class FinishedScenes:
@@ -29,14 +29,16 @@ class FinishedScenes:
             )
         for line in lines[1:]:
             self.scenes[line["scene"]] = line["results"]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines or [dict(run)]))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines or [dict(run)]))
 
     def add(self, scene: str, results: dict[str, list[Entry]]) -> None:
         """Keeps a finished scene."""
         self.scenes[scene] = results
-        with self.path.open("a") as file:
-            file.write(json.dumps({"scene": scene, "results": results}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"scene": scene, "results": results}) + "\n")
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def remove(self) -> None:
         """Everything is in the result file now."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,22 @@ def result_entries(
     return entries
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, with the folders above it; DataError where it cannot be written."""
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=2 if len(str(data)) < 100_000 else None) + "\n")
+        temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
+        with suppress(OSError):  # where the folder is none, for example
+            temporary.unlink()
         raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON whole or not at all."""
+    write_text(path, json.dumps(data, indent=2 if len(str(data)) < 100_000 else None) + "\n")
 
 
 def write_results(path: Path, results: Mapping[str, list[Entry]]) -> None:
