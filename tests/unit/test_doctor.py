@@ -265,6 +265,35 @@ def test_advice_names_no_launch_argument_that_there_is_not() -> None:
     assert {"params", "calibration"} <= named <= {argument.name for argument in ARGUMENTS}
 
 
+def test_what_refused_pictures_cost_is_said_as_the_node_does_it() -> None:
+    """It answers without the camera (tests/ros/test_degraded.py)."""
+    drive = rig()
+    camera = drive.cameras["CAM_BACK"]
+    camera.pictures = [replace(picture, problem="mono8", look=None) for picture in camera.pictures]
+    (finding,) = diagnose(drive).findings
+    assert (finding.code, finding.where) == ("picture-refused", "CAM_BACK")
+    assert "leaves this camera out of every set with such a picture" in finding.advice
+    assert "answers none where fewer than min_cameras are left" in finding.advice
+
+
+@pytest.mark.parametrize("late_s", [0.4, 0.8])
+@pytest.mark.parametrize("ego_motion", ["tf", "odometry"])
+def test_what_late_poses_cost_is_said_as_the_node_does_it(late_s: float, ego_motion: str) -> None:
+    """Sets wait for them up to tf_timeout, and are then answered without (tests/unit/test_assembly.py)."""
+    drive, late_ns = rig(), round(late_s * 1e9)
+    drive.ego_motion, drive.odometry_topic = ego_motion, "/odom"
+    drive.odometry = [replace(seen, received_ns=seen.received_ns + late_ns) for seen in odometry()]
+    drive.transforms = [
+        t if t.static else replace(t, received_ns=t.received_ns + late_ns) for t in drive.transforms
+    ]
+    (finding,) = diagnose(drive).findings
+    assert finding.code == "tf-late"
+    assert ("every set waits for them" in finding.text) == (late_s < drive.tf_timeout)
+    lost = "more than tf_timeout (0.5 s): sets are answered without ego motion, and nothing is remembered"
+    assert (lost in finding.text) == (late_s > drive.tf_timeout)
+    assert ("set ego_motion to odometry" in finding.advice) == (ego_motion == "tf")
+
+
 def test_two_parents_are_named() -> None:
     drive = rig()
     drive.transforms.append(TransformSeen("odom", "LIDAR_TOP", 0, START, Pose.identity(), True))

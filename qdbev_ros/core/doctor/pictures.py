@@ -41,7 +41,8 @@ def _check_camera(camera: CameraSeen) -> Iterator[Finding]:
             "picture-refused",
             camera.name,
             f"{camera.image_topic}: {count} pictures are refused: {problem}",
-            "the node drops every set with such a picture: correct the driver or the recording",
+            "the node leaves this camera out of every set with such a picture, and answers none where fewer than "
+            "min_cameras are left: correct the driver or the recording",
         )
     looks = camera.looks()
     sizes = {(look.width, look.height) for look in looks}

@@ -294,13 +294,19 @@ def _check_times(drive: Drive, name: str, entries: list[tuple[int, int]]) -> Ite
         if (index := bisect_left(stamps, p.stamp_ns)) < len(stamps)
     ]
     if waits and np.median(waits) > LATE_S:
-        lost = ": sets are dropped" if np.median(waits) > drive.tf_timeout else ""
+        late = float(np.median(waits))
+        cost = ": every set waits for them"
+        if late > drive.tf_timeout:
+            cost = (
+                f", more than tf_timeout ({drive.tf_timeout:g} s): sets are answered without ego motion, and nothing "
+                f"is remembered"
+            )
+        other = "" if drive.ego_motion == "odometry" else f", or set ego_motion to odometry {SET_IN}"
         yield Finding(
             "tf-late",
             name,
-            f"poses arrive {float(np.median(waits)):.2f} s after their pictures{lost}",
-            f"every set waits for them (tf_timeout is {drive.tf_timeout:g} s): publish poses faster, or take "
-            f"odometry that is in time (set ego_motion to odometry {SET_IN})",
+            f"poses arrive {late:.2f} s after their pictures{cost}",
+            f"publish poses sooner{other}",
         )
 
 
