@@ -61,7 +61,9 @@ def make_node(process: Process) -> Node:
         package=process.package,
         executable=process.executable,
         name=process.name,
-        namespace="",  # or the parameters are for `/**`, and a section of the node's name in a file beats those
+        # Without one the parameters are for `/**`, and a section of the node's name in a file beats those. The root,
+        # also where a namespace was pushed: presets, recorder and player name topics in full.
+        namespace="/",
         parameters=[*process.parameter_files, process.parameters],
         arguments=list(process.arguments),
         remappings=list(process.remappings),

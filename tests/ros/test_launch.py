@@ -64,6 +64,36 @@ def test_bad_arguments_and_failing_processes_fail_the_launch(
     assert "text.mcap cannot be read" in failing.output
 
 
+INCLUDED = """
+from launch import LaunchDescription
+from launch.actions import GroupAction, IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch_ros.actions import PushRosNamespace
+
+
+def generate_launch_description():
+    detect = IncludeLaunchDescription(PythonLaunchDescriptionSource({file!r}), launch_arguments={arguments!r})
+    return LaunchDescription([GroupAction([PushRosNamespace("car1"), detect])])
+"""
+
+
+def test_under_a_namespace_the_nodes_stay_where_presets_recorder_and_parameter_files_name_them(
+    graph: Graph, package: Path, short_bag: Path, tmp_path: Path
+) -> None:
+    """Sections of a parameter file are by the node's full name; the recording is of full names of topics."""
+    out, params, vehicle = tmp_path / "out.mcap", tmp_path / "params.yaml", tmp_path / "vehicle.launch.py"
+    params.write_text("qdbev_detector: {ros__parameters: {max_detections: 7}}")
+    arguments = {
+        "model": str(package), "bag": str(short_bag), "record": str(out), "params": str(params), "queue_size": "4",
+    }  # fmt: skip
+    vehicle.write_text(INCLUDED.format(file=str(LAUNCH_FILE), arguments=list(arguments.items())))
+    run = graph.command("ros2", "launch", str(vehicle))
+    assert run.wait() == 0, run.output
+    with BagReader(out) as recording:
+        answers = read_detections(recording, "qdbev_detector")
+    assert [len(boxes) for boxes in answers.values()] == [7] * 4
+
+
 def test_without_a_bag_a_recorder_that_dies_is_told_and_detection_goes_on(
     graph: Graph, package: Path, tmp_path: Path
 ) -> None:
