@@ -82,7 +82,14 @@ def write_package(
     }
     text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode()
     data = _sealed_zip({MANIFEST: text, MODEL: model})
-    target = Path(path)
+    try:
+        _write_whole(Path(path), data)
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_whole(target: Path, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     try:
@@ -93,7 +100,6 @@ def write_package(
     except BaseException:
         os.unlink(temporary)
         raise
-    return hashlib.sha256(data).hexdigest()
 
 
 def _sealed_zip(contents: Mapping[str, bytes]) -> bytes:

@@ -77,12 +77,11 @@ def _read_scores(path: Path) -> dict[str, Any]:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from qdbev_ros.engine.package import read_package
+    from qdbev_train.evaluation.results import write_json
     from qdbev_train.export.inspection import as_text, summarise
 
     summary = summarise(read_package(args.package))
     print(as_text(summary))
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".part")
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        temporary.replace(args.json)
+        write_json(args.json, summary)
     return 0

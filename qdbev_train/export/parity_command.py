@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -134,13 +133,12 @@ def _table(verdicts: dict[str, Verdict | None], reasons: dict[str, str]) -> str:
 def _write(
     path: Path, package: Package, verdicts: dict[str, Verdict | None], reasons: dict[str, str]
 ) -> None:
+    from qdbev_train.evaluation.results import write_json
+
     engines: dict[str, Any] = {
         name: {"reason": reasons[name]}
         if verdict is None
         else {"passed": verdict.passed, "results": [asdict(result) for result in verdict.results]}
         for name, verdict in verdicts.items()
     }
-    content = {"package": str(package.path), "sha256": package.sha256, "engines": engines}
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, {"package": str(package.path), "sha256": package.sha256, "engines": engines})

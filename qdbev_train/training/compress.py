@@ -26,6 +26,7 @@ from qdbev_train.checkpoint import load_model, read_tensors, save_model
 from qdbev_train.data.dataset import Batch, StreamDataset
 from qdbev_train.data.tables import load_scenes
 from qdbev_train.distillation import Distillation, Teacher
+from qdbev_train.evaluation.results import write_json
 from qdbev_train.model import BEVFormer
 from qdbev_train.quantization import QuantConfig, post_training_quantise, quantise_model
 from qdbev_train.training.command import official_scores, training_data
@@ -216,10 +217,7 @@ def _finished(model_file: Path, steps: int) -> bool:
 def _leave_settings(settings: dict[str, Any], path: Path) -> None:
     """What a later call is held to. Left once the data are found: an error before must not bind anyone."""
     if os.environ.get("RANK", "0") == "0":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(path, settings)
 
 
 def _require_equal(settings: dict[str, Any], path: Path, free: set[str]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.core.errors import ConfigError, DataError
 from qdbev_ros.core.variant import Variant
 from qdbev_train.checkpoint import save_model
 from qdbev_train.data.dataset import Batch
@@ -180,7 +180,10 @@ class _Run:
     def progress(self, steps: int) -> tqdm[Any]:
         state, first = self._state, self._fabric.is_global_zero
         if first:
-            self._writer = SummaryWriter(state.config.out, purge_step=state.step + 1)
+            try:
+                self._writer = SummaryWriter(state.config.out, purge_step=state.step + 1)
+            except OSError as error:
+                raise DataError(f"{state.config.out}: cannot be written: {error.strerror}") from error
         title = f"train {self._variant.name}"
         return tqdm(
             total=steps, initial=state.step, desc=title, unit="step", smoothing=0.02, disable=not first

@@ -218,6 +218,13 @@ def test_a_wrong_data_root_leaves_nothing_that_a_later_call_is_held_to(teacher: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["ptq", "qat"])
+def test_an_out_that_cannot_be_written_is_named(teacher: Path, tmp_path: Path, method: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file/out.*: cannot be written: "):
+        compress(settings(teacher, tmp_path / "file" / "out", method))
+
+
 def test_learned_steps_move_and_helps_are_handed_on(whole: Path) -> None:
     first, _ = read_tensors(whole / "1_backbone" / "model.safetensors")
     last, _ = read_tensors(whole / "model.safetensors")

@@ -43,7 +43,7 @@ def package(folder: Path) -> Package:
 
 def test_pytorch_and_all_engines_that_run_here_agree(folder: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--checkpoint", str(folder / "small.safetensors"), "--threads", "1"]
-    report = folder / "parity.json"
+    report = folder / "new folder" / "parity.json"
     assert main(["parity", str(folder / "small.qdbev"), *arguments, "--json", str(report)]) == 0
     table = capsys.readouterr().out
     assert "class logits" in table

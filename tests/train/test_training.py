@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.core.errors import ConfigError, DataError
 from qdbev_ros.core.variant import load_variant
 from qdbev_train.checkpoint import load_model, read_tensors, write_tensors
 from qdbev_train.cli import main
@@ -124,6 +124,13 @@ def test_denoising_queries_start_near_the_true_boxes() -> None:
     low, high = torch.tensor(variant.bev.pc_range).split(3)
     centers = extra.reference[0] * (high - low) + low
     assert float((centers[:, :2] - code[0, :2]).abs().max().detach()) <= 6.0 * 0.5 + 1e-4
+
+
+def test_an_out_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(DataError, match=rf"{out}: cannot be written: "):
+            run(out)
 
 
 @pytest.mark.parametrize(

@@ -124,12 +124,21 @@ def test_the_command_prints_and_writes_json_without_torch(
     package: Path, capsys: pytest.CaptureFixture
 ) -> None:
     had_torch = "torch" in sys.modules
-    target = package.with_suffix(".json")
+    target = package.parent / "new folder" / "small.json"
     assert main(["inspect", str(package), "--json", str(target)]) == 0
     assert "small-test, W4A6" in capsys.readouterr().out
     summary = json.loads(target.read_text())
     assert summary["sha256"] == read_package(package).sha256
     assert had_torch or "torch" not in sys.modules
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_2(
+    package: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["inspect", str(package), "--json", str(package / "x.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"qdbev: error: {package}/x.json: cannot be written")
+    assert error.count("\n") == 1
 
 
 def test_a_damaged_package_is_one_line_and_exit_code_2(package: Path, capsys: pytest.CaptureFixture) -> None:

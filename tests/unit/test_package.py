@@ -145,6 +145,15 @@ def test_a_failed_write_leaves_the_old_package_and_no_debris(package: Path) -> N
     assert list(package.parent.iterdir()) == [package]
 
 
+def test_a_package_that_cannot_be_written_is_refused_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.qdbev").mkdir()
+    for target in (tmp_path / "file" / "out.qdbev", tmp_path / "folder.qdbev"):
+        with pytest.raises(PackageError, match=rf"{target.name}: cannot be written: "):
+            write_package(target, small_variant(), b"new", {}, {}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.qdbev"]
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(st.data())
 def test_a_flipped_bit_anywhere_is_refused(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
