@@ -24,7 +24,7 @@ from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.endless import Endless
 from qdbev_ros.ros.messages import ns_to_stamp
 from qdbev_ros.ros.parameters import PlayerParameters, declare
-from qdbev_ros.ros.presets import load_preset
+from qdbev_ros.ros.presets import TopicPreset, load_preset
 from qdbev_ros.ros.process import run
 from qdbev_ros.ros.timers import every
 
@@ -49,7 +49,7 @@ class Player:
             raise ConfigError("parameter bag is empty: give a bag, e.g. --ros-args -p bag:=demo/town.mcap")
         preset = load_preset(self._parameters.preset)
         self._bag = BagReader(self._parameters.bag)
-        self._bag.require_cameras(preset)
+        self._require_pictures(preset)
         self._endless = Endless(self._bag, preset) if self._parameters.endless else None
         self._publishers = self._advertise()
         self._clock = self.node.create_publisher(Clock, "/clock", 10) if self._parameters.clock else None
@@ -83,6 +83,16 @@ class Player:
 
     def close(self) -> None:
         self._bag.close()
+
+    def _require_pictures(self, preset: TopicPreset) -> None:
+        """Says what the bag lacks; refuses it only where no camera is left. CameraInfo may come from a file."""
+        missing = self._bag.missing_topics(preset)
+        if set(preset.image_topics()) <= set(missing):
+            self._bag.require_cameras(preset)
+        if missing:
+            self.node.get_logger().warning(
+                f"bag {self._bag.path} lacks {', '.join(missing)} (preset {preset.name}): playing what is there"
+            )
 
     def _advertise(self) -> dict[str, Any]:
         """A publisher for every topic whose type is installed; static transforms stay for late listeners."""

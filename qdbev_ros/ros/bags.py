@@ -61,10 +61,14 @@ class BagReader:
     def duration_s(self) -> float:
         return self._reader.duration * 1e-9
 
+    def missing_topics(self, preset: TopicPreset) -> list[str]:
+        """The pictures' and CameraInfos' topics of `preset` that the bag lacks."""
+        held = self.types
+        return [topic for topic in (*preset.image_topics(), *preset.info_topics()) if topic not in held]
+
     def require_cameras(self, preset: TopicPreset) -> None:
         """Raises DataError that names the camera topics of `preset` that the bag lacks."""
-        wanted = [*preset.image_topics(), *preset.info_topics()]
-        missing = [topic for topic in wanted if topic not in self.types]
+        missing = self.missing_topics(preset)
         if missing:
             raise DataError(
                 f"bag {self.path} lacks {', '.join(missing)} (preset {preset.name}); it holds "

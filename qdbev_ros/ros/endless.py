@@ -34,7 +34,7 @@ class Endless:
     """
 
     def __init__(self, bag: BagReader, preset: TopicPreset) -> None:
-        """Raises DataError where the bag has less than two pictures of a camera."""
+        """Raises DataError where the bag has less than two pictures of the camera that comes first in it."""
         self._fixed, self._base = preset.fixed_frame, preset.base_frame
         self.period_ns = _period_ns(bag, preset)
         self._editors: dict[str, Callable[[bytes, int], bytes]] = {}
@@ -92,7 +92,7 @@ class Endless:
 
 def _period_ns(bag: BagReader, preset: TopicPreset) -> int:
     """A whole number of the cameras' periods, and more than the bag's length."""
-    topic = preset.image_topics()[0]
+    topic = bag.first_topic(preset.image_topics())
     times = [time for _, time, _ in bag.raw([topic])]
     if len(times) < 2:
         raise DataError(

@@ -20,7 +20,7 @@ from qdbev_ros.ros.endless import Endless
 from qdbev_ros.ros.messages import pose_from_transform, stamp_to_ns
 from qdbev_ros.ros.presets import load_preset
 from qdbev_ros.ros.recording import read_detections, read_status
-from tests.ros.drive import PERIOD_NS, START_NS
+from tests.ros.drive import PERIOD_NS, START_NS, edit_bag
 from tests.ros.graph import Graph
 
 
@@ -28,6 +28,15 @@ from tests.ros.graph import Graph
 def endless(short_bag: Path) -> Endless:
     with BagReader(short_bag) as bag:
         return Endless(bag, load_preset("nuscenes"))
+
+
+def test_a_bag_that_lacks_a_camera_has_a_period_all_the_same(
+    endless: Endless, short_bag: Path, tmp_path: Path
+) -> None:
+    lost = f"/{CAMERAS[0]}/"
+    five = edit_bag(short_bag, tmp_path / "five.mcap", lambda t, m: None if t.startswith(lost) else m)
+    with BagReader(five) as bag:
+        assert Endless(bag, load_preset("nuscenes")).period_ns == endless.period_ns
 
 
 def test_stamps_go_on_with_the_cameras_period(endless: Endless) -> None:

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 
 from qdbev_ros.ros.bags import BagReader
+from qdbev_ros.ros.calibration_file import write_calibration
 from qdbev_ros.ros.diagnostics import CAMERA, PIPELINE
 from qdbev_ros.ros.recording import read_detections, read_status, stamp_ns
-from tests.ros.drive import PERIOD_NS, START_NS, edit_bag
+from tests.ros.drive import PERIOD_NS, START_NS, drive, edit_bag
 from tests.ros.graph import Graph
 
 STAMPS = [START_NS + i * PERIOD_NS for i in range(4)]
 Edit = Callable[[str, Any], Any]
 
 
-def answers_to(graph: Graph, package: Path, bag: Path, out: Path, camera: str) -> tuple[Any, ...]:
+def answers_to(graph: Graph, package: Path, bag: Path, out: Path, camera: str, *more: str) -> tuple[Any, ...]:
     """(answered stamps, pipeline's status, the camera's status, everything printed) of a replay that must not fail."""
     run = graph.start(
-        "qdbev_ros.bringup", f"model:={package}", f"bag:={bag}", f"record:={out}", "queue_size:=4"
+        "qdbev_ros.bringup", f"model:={package}", f"bag:={bag}", f"record:={out}", "queue_size:=4", *more
     )
     assert run.wait() == 0, run.output
     with BagReader(out) as recording:
@@ -136,14 +137,41 @@ def test_a_missing_bag(graph: Graph, package: Path) -> None:
     assert "nowhere.mcap doesn't exist" in one_line(bringup.output, "bringup")
 
 
-def test_a_bag_without_a_camera(graph: Graph, package: Path, short_bag: Path, tmp_path: Path) -> None:
+def test_a_bag_of_five_cameras_is_played_and_answered(
+    graph: Graph, package: Path, short_bag: Path, tmp_path: Path
+) -> None:
     bag = edit_bag(
-        short_bag, tmp_path / "five.mcap", lambda topic, m: None if topic.startswith("/CAM_BACK/") else m
+        short_bag, tmp_path / "five.mcap", lambda topic, m: None if topic.startswith("/CAM_FRONT/") else m
     )
-    run = graph.start("qdbev_ros.bringup", f"model:={package}", f"bag:={bag}")
-    assert run.wait() == 2
-    line = one_line(run.output, "bag_player_node")
-    assert f"{bag} lacks /CAM_BACK/image_rect_compressed, /CAM_BACK/camera_info" in line
+    stamps, status, _, output = answers_to(graph, package, bag, tmp_path / "out.mcap", "CAM_FRONT")
+    assert stamps == STAMPS
+    assert status["sets_degraded"] == "4"
+    (line,) = (line for line in output.splitlines() if " lacks " in line)
+    assert "/CAM_FRONT/image_rect_compressed, /CAM_FRONT/camera_info" in line
+
+
+def test_a_bag_without_camera_info_is_answered_with_a_calibration_file(
+    graph: Graph, package: Path, short_bag: Path, tmp_path: Path
+) -> None:
+    (frame,) = drive(tmp_path, 1)
+    cameras = {camera.calibration.name: camera.calibration for camera in frame.cameras}
+    write_calibration(tmp_path / "rig.yaml", cameras, frame.lidar2ego)
+    bag = edit_bag(short_bag, tmp_path / "bare.mcap", lambda t, m: None if t.endswith("camera_info") else m)
+    stamps, status, _, output = answers_to(
+        graph, package, bag, tmp_path / "out.mcap", "CAM_FRONT", f"calibration:={tmp_path / 'rig.yaml'}"
+    )
+    assert stamps == STAMPS
+    assert status["sets_degraded"] == "0"
+    assert len([line for line in output.splitlines() if " lacks " in line]) == 1
+
+
+def test_a_bag_without_any_picture_is_refused(graph: Graph, short_bag: Path, tmp_path: Path) -> None:
+    bag = edit_bag(short_bag, tmp_path / "blind.mcap", lambda t, m: None if "image" in t else m)
+    player = graph.node("bag_player_node", bag=bag)
+    assert player.wait() == 2
+    line = one_line(player.output, "bag_player_node")
+    assert f"{bag} lacks /CAM_FRONT/image_rect_compressed, " in line
+    assert "it holds /CAM_BACK/camera_info, " in line
 
 
 def test_a_file_that_is_no_bag(graph: Graph, tmp_path: Path) -> None:
