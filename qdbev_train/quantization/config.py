@@ -14,6 +14,8 @@ from qdbev_ros.core.errors import ConfigError
 PARTS = ("backbone", "neck", "encoder", "decoder")
 FLOAT = 32
 BITS = (*range(2, 9), FLOAT)
+# What a setting of a plain type may be, by its annotation.
+_PLAIN: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,28 @@ class QuantConfig:
         if not isinstance(data, dict) or set(data) - fields:
             unknown = sorted(set(data) - fields) if isinstance(data, dict) else type(data).__name__
             raise ConfigError(f"quantisation: unknown keys {unknown}; known: {sorted(fields)}")
+        _check_types(QuantConfig, data, "quantisation")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         if "overrides" in values:
-            try:
-                values["overrides"] = tuple(Override(**dict(o)) for o in values["overrides"])
-            except TypeError as error:
-                need = "pattern, weight, activation, reason"
-                raise ConfigError(f"quantisation: overrides need {need}: {error}") from error
+            values["overrides"] = tuple(_override(o) for o in values["overrides"])
         return QuantConfig(**values)
+
+
+def _override(data: Any) -> Override:
+    fields = [f.name for f in dataclasses.fields(Override)]
+    if not isinstance(data, dict) or set(data) != set(fields):
+        raise ConfigError(f"quantisation: overrides: {data!r} is no mapping of {', '.join(fields)}")
+    _check_types(Override, data, "quantisation: overrides")
+    return Override(**data)
+
+
+def _check_types(kind: type[QuantConfig | Override], data: dict[str, Any], source: str) -> None:
+    """Raises ConfigError where a value isn't what the field of `kind` asks for; tuples may be lists."""
+    for field in dataclasses.fields(kind):
+        if field.name in data:
+            value, wanted = data[field.name], str(field.type)
+            plain = _PLAIN.get(wanted)
+            fits = isinstance(value, (list, tuple)) if plain is None else isinstance(value, plain)
+            if not fits or (wanted != "bool" and isinstance(value, bool)):
+                expected = "a list" if plain is None else wanted
+                raise ConfigError(f"{source}: {field.name} is {value!r}, expected {expected}")

@@ -33,10 +33,14 @@ class Row:
     stages_of: str
 
     def __post_init__(self) -> None:
+        if not all(isinstance(value, str) for value in (self.name, self.text, self.stages_of)):
+            raise ConfigError(f"row {self.name!r}: name, text and stages_of must be text")
         if self.table not in TABLES:
             raise ConfigError(f"row {self.name!r}: table {self.table!r}; use one of {list(TABLES)}")
         if not self.seeds or not all(type(seed) is int for seed in self.seeds):
             raise ConfigError(f"row {self.name!r}: seeds must be a list of whole numbers")
+        if not isinstance(self.change, dict):
+            raise ConfigError(f"row {self.name!r}: change must be a mapping")
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,12 @@ class StudyConfig:
 
     def compression(self, job: Job) -> CompressConfig:
         """The settings of a job. Raises ConfigError naming the row and the key."""
-        raw = _merged(copy.deepcopy(self.base), job.row.change, job.row.name)
+        source = f"{self.source}: row {job.row.name!r}"
+        raw = _merged(copy.deepcopy(self.base), job.row.change, source)
         raw |= {"seed": job.seed, "out": str(self.folder(job)), "evaluation": None, "stages_from": ""}
         if job.row.stages_of:
             raw["stages_from"] = str(Path(self.out) / _job_name(job.row.stages_of, job.seed))
-        return compression(raw, f"{self.source}: row {job.row.name!r}")
+        return compression(raw, source)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,12 @@ def read_study(path: str | Path) -> StudyConfig:
     if set(raw) != set(wanted):
         unknown, missing = sorted(set(raw) - set(wanted)), sorted(set(wanted) - set(raw))
         raise ConfigError(f"{path}: unknown keys {unknown}, missing keys {missing}")
+    if not all(isinstance(raw[key], str) for key in ("title", "base", "split", "out", "docs")):
+        raise ConfigError(f"{path}: title, base, split, out and docs must be text")
+    if not isinstance(raw["paper"], dict) or not all(isinstance(t, dict) for t in raw["paper"].values()):
+        raise ConfigError(f"{path}: paper must be a mapping of tables, each a mapping of rows")
+    if not isinstance(raw["rows"], list):
+        raise ConfigError(f"{path}: rows must be a list")
     base = read_yaml(raw["base"])
     rows = tuple(_row(data, str(path)) for data in raw["rows"])
     study = StudyConfig(**(raw | {"base": base, "rows": rows}), source=str(path))
@@ -122,14 +133,18 @@ def _row(data: Any, source: str) -> Row:
             f"{source}: a row has the keys name, table, text and perhaps seeds, change, stages_of: {data}"
         )
     values = defaults | data
-    return Row(**(values | {"seeds": tuple(values["seeds"])}))
+    seeds = values["seeds"]
+    try:
+        return Row(**(values | {"seeds": tuple(seeds) if isinstance(seeds, list) else ()}))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
-def _merged(base: dict[str, Any], change: dict[str, Any], row: str) -> dict[str, Any]:
+def _merged(base: dict[str, Any], change: dict[str, Any], source: str) -> dict[str, Any]:
     """`base` with the values of `change`; mappings are merged key by key, and no key may be new."""
     for key, value in change.items():
         if key not in base:
-            raise ConfigError(f"row {row!r}: unknown key {key!r}; the base has {sorted(base)}")
+            raise ConfigError(f"{source}: unknown key {key!r}; the base has {sorted(base)}")
         nested = isinstance(value, dict) and isinstance(base[key], dict)
-        base[key] = _merged(base[key], value, row) if nested else value
+        base[key] = _merged(base[key], value, source) if nested else value
     return base

@@ -11,7 +11,7 @@ from typing import Any
 from qdbev_ros.core.errors import ConfigError
 from qdbev_train.distillation import METHODS as DISTILLED
 from qdbev_train.distillation import DistillationConfig
-from qdbev_train.quantization import EXCEPTIONS, STRICT, QuantConfig
+from qdbev_train.quantization import EXCEPTIONS, PARTS, STRICT, QuantConfig
 from qdbev_train.training.config import (
     DataConfig,
     EvaluationConfig,
@@ -77,6 +77,10 @@ class CompressConfig:
         for key, wanted in needed.items():
             if wanted and getattr(self, key) is None:
                 raise ConfigError(f"method {self.method} needs {key}")
+        if self.method != "float_control" and not self.quantisation.parts:
+            raise ConfigError(
+                f"quantisation: parts is empty, method {self.method} needs some of {list(PARTS)}"
+            )
         if not 0.0 < self.freeze_ranges <= 1.0:
             raise ConfigError("freeze_ranges must be above 0 and at most 1")
         if self.stages_from and self.method not in STAGED:

@@ -277,8 +277,44 @@ def test_bad_settings_are_one_line_with_file_and_key(
     change: dict[str, object], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = yaml.safe_load((ROOT / "config" / "compress" / "nano_town_vgd.yaml").read_text())
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(data | change))
+    refused(data | change, complaint, tmp_path / "config.yaml", capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (
+            "overrides: [standard]",
+            "overrides: 'standard' is no mapping of pattern, weight, activation, reason",
+        ),
+        ("overrides: standards", "overrides 'standards'; use one of ['standard', 'strict'], or a list"),
+        ("overrides: 3", "overrides is 3, expected a list"),
+        ("overrides: [{pattern: a, weight: 8}]", "overrides: {'pattern': 'a', 'weight': 8} is no mapping of"),
+        ("overrides: [{pattern: 3, weight: 8, activation: 8, reason: ''}]", "pattern is 3, expected str"),
+        ("overrides: [{pattern: a, weight: 8.0, activation: 8, reason: ''}]", "weight is 8.0, expected int"),
+        ("momentum: 0,95", "quantisation: momentum is '0,95', expected float"),
+        ("percentile:", "quantisation: percentile is None, expected float"),
+        ("weight_bits: 4.0", "quantisation: weight_bits is 4.0, expected int"),
+        ("activation_bits: true", "quantisation: activation_bits is True, expected int"),
+        ("bias_correction: 1", "quantisation: bias_correction is 1, expected bool"),
+        ("scales: [learned]", "quantisation: scales is ['learned'], expected str"),
+        ("parts:", "quantisation: parts is None, expected a list"),
+        ("parts: neck", "quantisation: parts is 'neck', expected a list"),
+        ("parts: []", "quantisation: parts is empty, method vgd needs some of"),
+    ],
+)
+def test_bad_settings_of_the_grid_are_named(
+    line: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = yaml.safe_load((ROOT / "config" / "compress" / "nano_town_vgd.yaml").read_text())
+    data["quantisation"] |= yaml.safe_load(line)
+    refused(data, complaint, tmp_path / "config.yaml", capsys)
+
+
+def refused(data: dict[str, object], complaint: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line with file and key, and status 2."""
+    places = {"teacher": str(path.with_name("none.safetensors")), "out": str(path.with_name("out"))}
+    path.write_text(yaml.safe_dump(data | places))
     assert main(["compress", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"qdbev: error: {path}")

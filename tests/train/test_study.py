@@ -164,11 +164,34 @@ def test_bit_operations_are_products_times_both_widths() -> None:
         ({"name": "a", "table": "methods", "text": "", "seeds": ["x"]}, "row 'a': seeds"),
         ({"name": "a", "table": "methods", "text": "", "stages_of": "b"}, "row 'a': no row 'b' before it"),
         ({"name": "a", "text": ""}, "a row has the keys name, table, text"),
+        ({"name": "a", "table": "methods", "text": "", "seeds": 7}, "row 'a': seeds must be a list of whole numbers"),
+        ({"name": "a", "table": "methods", "text": "", "seeds": None}, "row 'a': seeds must be a list"),
+        ({"name": "a", "table": "methods", "text": "", "change": "ptq"}, "row 'a': change must be a mapping"),
+        ({"name": "a", "table": "methods", "text": 3}, "row 'a': name, text and stages_of must be text"),
+        ("float", "a row has the keys name, table, text"),
     ],
 )  # fmt: skip
-def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_wrong_row_is_named_with_its_file(tmp_path: Path, row: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"study\.yaml: {said}"):
         read_study(write_study(tmp_path, [row]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": None}, "rows must be a list"),
+        ({"rows": {"name": "float"}}, "rows must be a list"),
+        ({"base": None}, "title, base, split, out and docs must be text"),
+        ({"title": 3}, "title, base, split, out and docs must be text"),
+        ({"paper": None}, "paper must be a mapping of tables"),
+        ({"paper": {"methods": "0.3"}}, "paper must be a mapping of tables"),
+    ],
+)
+def test_a_wrong_study_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = write_study(tmp_path, ROWS)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=rf"study\.yaml: {said}"):
+        read_study(path)
 
 
 def test_the_studies_of_the_repository_are_valid() -> None:
