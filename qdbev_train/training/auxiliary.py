@@ -59,7 +59,8 @@ class TrainingHelps(nn.Module):
         embedding = self.group_embedding.weight[:n_group]
         position, content = embedding[:, :c], embedding[:, c:]
         reference = self.group_reference[:n_group].clamp(0.01, 0.99)
-        layout = DenoisingLayout(self.denoising_groups, max(len(t.labels) for t in targets))
+        # Never none: a process whose frames have no box must have the losses and gradients of the others.
+        layout = DenoisingLayout(self.denoising_groups, max(1, *(len(t.labels) for t in targets)))
         noised, classes = self._noised_boxes(targets, layout)
         centers = self._normalised(noised[..., [0, 1, 4]])
         dn_content = self.denoising_content(torch.cat([self._scaled(noised), classes], -1))
@@ -134,7 +135,7 @@ class TrainingHelps(nn.Module):
             result["group"] = (
                 sum((g["class"] + g["box"] for g in groups), codes.new_zeros(())) / self.query_groups
             )
-        if layout.groups and layout.padded:
+        if layout.groups:
             start = (1 + self.query_groups) * q
             result["denoising"] = self._denoising_loss(
                 class_logits[:, :, start:], codes[:, :, start:], targets, layout, positives, code_weights

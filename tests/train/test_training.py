@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from qdbev_ros.core.errors import ConfigError, DataError
@@ -24,8 +25,9 @@ from qdbev_train.training.auxiliary import TrainingHelps
 from qdbev_train.training.command import training_data
 from qdbev_train.training.config import DataConfig, EvaluationConfig, Span, TrainConfig, read_config
 from qdbev_train.training.initial import starting_model
-from qdbev_train.training.loop import TrainingData, train
+from qdbev_train.training.loop import TrainingData, train, train_step
 from qdbev_train.training.losses import Targets, detection_loss
+from qdbev_train.training.objective import Objective
 from qdbev_train.training.plot_command import read_scalar
 from qdbev_train.training.schedule import learning_rate_at, make_plan
 from tests.training_samples import CONFIG, data_of, micro_config, micro_variant, random_batch, run
@@ -124,6 +126,24 @@ def test_denoising_queries_start_near_the_true_boxes() -> None:
     low, high = torch.tensor(variant.bev.pc_range).split(3)
     centers = extra.reference[0] * (high - low) + low
     assert float((centers[:, :2] - code[0, :2]).abs().max().detach()) <= 6.0 * 0.5 + 1e-4
+
+
+def test_a_batch_without_boxes_has_the_same_losses_and_reaches_the_same_parameters(tmp_path: Path) -> None:
+    """Processes add up their losses and gradients by place: one whose frames are empty must have all of them."""
+    variant, batch = micro_variant(), random_batch(0, micro_variant())
+    empty = replace(batch, codes=[code[:0] for code in batch.codes], labels=[k[:0] for k in batch.labels])
+    for groups in (0, 1):
+        config = micro_config(tmp_path, query_groups=groups, denoising_groups=2)
+        found = []
+        for seen in (batch, empty):
+            helps = TrainingHelps(variant, groups, 2, config.dense_heads)
+            objective = Objective(build_model(variant), helps, config, None)
+            losses, _, _ = train_step(Fabric(accelerator="cpu"), objective, seen, None)
+            torch.stack(list(losses.values())).sum().backward()
+            assert all(torch.isfinite(loss) for loss in losses.values())
+            found.append((list(losses), {n for n, p in objective.named_parameters() if p.grad is not None}))
+        assert found[0] == found[1]
+        assert float(losses["denoising"].detach()) < 1e-6
 
 
 def test_an_out_that_cannot_be_written_is_named(tmp_path: Path) -> None:
