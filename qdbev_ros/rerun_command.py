@@ -26,6 +26,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("out", type=Path, metavar="OUT.rrd", help="replaced if it exists")
     parser.add_argument("--preset", default="nuscenes", help="topic and frame names (default: %(default)s)")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="calibration file that the detector was given"
+    )
     parser.add_argument("--node", default="qdbev_detector", help="the detector's name (default: %(default)s)")
     parser.add_argument(
         "--threshold", type=float, default=0.3, help="lowest score that is shown (default: %(default)s)"
@@ -36,13 +39,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from qdbev_ros.ros.bags import BagReader
+    from qdbev_ros.ros.calibration_file import RigCalibration, load_calibration
     from qdbev_ros.ros.presets import load_preset
-    from qdbev_ros.ros.rerun_export import export
+    from qdbev_ros.ros.rerun_export import ADVICE, export
 
+    preset = load_preset(args.preset)
+    calibration = load_calibration(args.calibration) if args.calibration else RigCalibration()
     with BagReader(args.bag) as bag, BagReader(args.recording) as recording:
-        counts = export(bag, recording, load_preset(args.preset), args.node, args.threshold, args.out)
+        counts, left_out = export(bag, recording, preset, calibration, args.node, args.threshold, args.out)
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{args.out}: {told}, {args.out.stat().st_size / 1e6:.1f} MB")
+    if left_out:
+        cameras = {reason: [c for c in left_out if left_out[c] == reason] for reason in left_out.values()}
+        reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in cameras.items())
+        print(f"left out: {reasons}; {ADVICE}")
     if args.json:
         temporary = args.json.with_name(f".{args.json.name}")
         temporary.write_text(json.dumps(dict(counts), indent=2) + "\n")

@@ -14,25 +14,26 @@ class OdometryMotion:
     their parents, and a vehicle's frame that hangs below the odometry's stays where it is.
     """
 
-    def __init__(self, topic: str, base: str, mountings: TransformTree) -> None:
+    def __init__(self, topic: str, base: str, mountings: TransformTree, keep_s: float = 10.0) -> None:
         """topic: for the words. base: the vehicle's frame, to which `mountings` leads from the odometry's."""
         self._topic = topic
         self._base = base
         self._mountings = mountings
         self._frame = base
-        self._track = PoseTrack()
+        self._keep_s = keep_s
+        self._track = PoseTrack(keep_s)
 
     def insert(self, frame: str, stamp_ns: int, pose: Pose) -> None:
         """The pose of `frame`, empty for the vehicle's own. Another frame or time going back starts anew."""
         newest = self._track.stamps[-1:]
         if (frame or self._base) != self._frame or (newest and stamp_ns < newest[0] - JUMP_BACK_NS):
-            self._frame, self._track = frame or self._base, PoseTrack()
+            self._frame, self._track = frame or self._base, PoseTrack(self._keep_s)
         self._track.insert(stamp_ns, pose)
 
     def forget_after(self, stamp_ns: int) -> None:
         """Time went back to `stamp_ns` elsewhere: poses well after it are of the pass before, and all go."""
         if self._track.stamps and self._track.stamps[-1] > stamp_ns + JUMP_BACK_NS:
-            self._track = PoseTrack()
+            self._track = PoseTrack(self._keep_s)
 
     def lookup(self, stamp_ns: int) -> Pose:
         """The vehicle's pose at `stamp_ns`. Raises TransformUnavailable, which names topic and frame."""

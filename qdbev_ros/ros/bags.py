@@ -75,9 +75,9 @@ class BagReader:
                 f"{', '.join(sorted(self.types)) or 'no message at all'}"
             )
 
-    def raw(self, topics: Sequence[str] = ()) -> Iterator[tuple[str, int, bytes]]:
-        """(topic, log time in ns, CDR bytes) in order of time; all topics unless some are named."""
-        chosen = [c for c in self._reader.connections if not topics or c.topic in topics]
+    def raw(self, topics: Sequence[str] | None = None) -> Iterator[tuple[str, int, bytes]]:
+        """(topic, log time in ns, CDR bytes) in order of time, of all topics or of those in `topics`."""
+        chosen = [c for c in self._reader.connections if topics is None or c.topic in topics]
         messages = iter(self._reader.messages(chosen) if chosen else ())
         while True:
             try:

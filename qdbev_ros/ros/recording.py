@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ from qdbev_ros.core.boxes import Boxes, empty_boxes
 from qdbev_ros.core.drawing import View, camera_view
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import CameraCalibration, Pose
+from qdbev_ros.core.odometry import OdometryMotion
 from qdbev_ros.core.pose_buffer import TransformTree
 from qdbev_ros.core.projection import lidar_to_image
 from qdbev_ros.core.synchroniser import FrameSet, Synchroniser, SyncSettings
 from qdbev_ros.core.variant import CAMERAS, CLASSES
 from qdbev_ros.ros.bags import BagReader
-from qdbev_ros.ros.camera_state import check_intrinsics
+from qdbev_ros.ros.camera_state import Intrinsics, check_intrinsics
 from qdbev_ros.ros.presets import TopicPreset
 
 FOREVER_S = 1e9
@@ -45,12 +48,42 @@ def read_transforms(bag: BagReader) -> TransformTree:
     for topic, _, message in bag.messages(["/tf", "/tf_static"]):
         for item in message.transforms:
             pose = _pose(item.transform.translation, item.transform.rotation)
-            parent, child = item.header.frame_id, item.child_frame_id
+            parent, child = item.header.frame_id.lstrip("/"), item.child_frame_id.lstrip("/")
             if topic == "/tf_static":
                 tree.set_static(parent, child, pose)
             else:
                 tree.insert(parent, child, stamp_ns(item.header), pose)
     return tree
+
+
+def read_motion(bag: BagReader, preset: TopicPreset, tree: TransformTree) -> Callable[[int], Pose]:
+    """Where the vehicle is at a stamp, from the bag's transforms (`tree`) or odometry, as the preset has it."""
+    if preset.ego_motion == "tf":
+        return partial(tree.lookup, preset.fixed_frame, preset.base_frame)
+    motion = OdometryMotion(preset.odometry, preset.base_frame, tree, FOREVER_S)
+    for _, _, message in bag.messages([preset.odometry]):
+        pose = _pose(message.pose.pose.position, message.pose.pose.orientation)
+        motion.insert(message.child_frame_id.lstrip("/"), stamp_ns(message.header), pose)
+    return motion.lookup
+
+
+def read_intrinsics(
+    bag: BagReader, preset: TopicPreset, given: Mapping[str, Intrinsics]
+) -> tuple[dict[str, Intrinsics], dict[str, str]]:
+    """Each camera's intrinsics, `given` ones before those of its last CameraInfo; camera -> why it has none."""
+    known, lacking = dict(given), {}
+    infos = {topic: message for topic, _, message in bag.messages(preset.info_topics())}
+    for camera in (camera for camera in CAMERAS if camera not in given):
+        topic = preset.info_topic(camera)
+        if topic not in infos:
+            lacking[camera] = f"nothing on {topic}" if topic else f"preset {preset.name} has no CameraInfo"
+            continue
+        info = infos[topic]
+        try:
+            known[camera] = check_intrinsics(np.asarray(info.k), np.asarray(info.p), info.width, info.height)
+        except ValueError as error:
+            lacking[camera] = f"{topic}: {error}"
+    return known, lacking
 
 
 def read_detections(recording: BagReader, node: str) -> dict[int, Boxes]:
@@ -106,20 +139,19 @@ def read_views(
     tree: TransformTree,
     frames: tuple[str, str, str],
 ) -> dict[str, View]:
-    """The pictures of one set with their projections. frames: fixed, vehicle and model frame."""
+    """The pictures of one set with their projections, of cameras with intrinsics. frames: fixed, vehicle, model."""
     fixed, base, model = frames
     reference = tree.lookup(fixed, base, frame.stamp_ns)
     lidar2ego = tree.lookup(base, model, frame.stamp_ns)
-    infos = {topic: message for topic, _, message in bag.messages(preset.info_topics())}
-    cameras = {preset.image_topic(camera): camera for camera in CAMERAS}
+    intrinsics, _ = read_intrinsics(bag, preset, {})
+    cameras = {preset.image_topic(camera): camera for camera in intrinsics}
     views = {}
     for topic, _, message in bag.messages(list(cameras)):
         camera = cameras[topic]
         stamp = stamp_ns(message.header)
         if stamp != frame.images[camera].stamp_ns or preset.image_type != "compressed":
             continue
-        info = infos[preset.info_topic(camera)]
-        known = check_intrinsics(np.asarray(info.k), np.asarray(info.p), info.width, info.height)
+        known = intrinsics[camera]
         sensor2ego = tree.lookup(base, message.header.frame_id, stamp)
         calibration = CameraCalibration(camera, known.matrix, known.width, known.height, sensor2ego)
         matrix = lidar_to_image(calibration, lidar2ego, tree.lookup(fixed, base, stamp), reference)

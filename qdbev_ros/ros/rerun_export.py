@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,63 +24,105 @@ from qdbev_ros.core.drawing import COLORS, LAYOUT, TRUTH_COLOR
 from qdbev_ros.core.encodings import raw_picture
 from qdbev_ros.core.errors import ConfigError, DataError
 from qdbev_ros.core.geometry import Pose
-from qdbev_ros.core.pose_buffer import TransformTree, TransformUnavailable
+from qdbev_ros.core.pose_buffer import TransformUnavailable
 from qdbev_ros.core.variant import CAMERAS, CLASSES
 from qdbev_ros.ros.bags import BagReader
-from qdbev_ros.ros.camera_state import check_intrinsics
+from qdbev_ros.ros.calibration_file import RigCalibration
 from qdbev_ros.ros.presets import TopicPreset
-from qdbev_ros.ros.recording import read_detections, read_transforms, read_truth, stamp_ns
+from qdbev_ros.ros.recording import (
+    read_detections,
+    read_intrinsics,
+    read_motion,
+    read_transforms,
+    read_truth,
+    stamp_ns,
+)
 
 INSTALL = "pip install --no-deps -r requirements/rerun.txt"
 APPLICATION = "qdbev"
+ADVICE = "--calibration FILE can say what the bag does not"
 
 
 def export(
-    bag: BagReader, recording: BagReader, preset: TopicPreset, node: str, threshold: float, out: Path
-) -> Counter[str]:
-    """Writes pictures and ground truth of `bag` and the answers of `recording` to `out`; what it holds, counted.
+    bag: BagReader,
+    recording: BagReader,
+    preset: TopicPreset,
+    calibration: RigCalibration,
+    node: str,
+    threshold: float,
+    out: Path,
+) -> tuple[Counter[str], dict[str, str]]:
+    """Writes pictures and ground truth of `bag` and the answers of `recording` to `out`.
 
-    Answers below `threshold` are left out. Raises ConfigError without Rerun, DataError where there is nothing to show.
+    What it holds, counted; and camera -> why it is left out. What `calibration` holds wins over the bag. Answers below
+    `threshold` are left out. Raises ConfigError without Rerun, DataError where there is nothing to show.
     """
     rerun = _rerun()
     answers = read_detections(recording, node)
     if not answers:
         raise DataError(f"recording {recording.path} holds no answers on /{node}/detections")
-    bag.require_cameras(preset)
-    tree = read_transforms(bag)
+    bag.require_cameras(replace(preset, infos={}))
+    places = _Places(bag, preset, calibration)
+    try:
+        places.model(min(answers))
+    except TransformUnavailable as error:
+        raise DataError(
+            f"bag {bag.path}: nothing says where the model frame {preset.model_frame!r} is ({error}): {ADVICE}"
+        ) from error
     temporary = out.with_name(f".{out.name}")
     stream = rerun.RecordingStream(APPLICATION, recording_id=bag.path.stem)
-    writer = _Writer(rerun, stream, tree, preset)
+    writer = _Writer(rerun, stream, places, preset)
+    _save(stream, temporary)
     try:
-        stream.save(temporary, default_blueprint=_blueprint())
         stream.log("world", rerun.ViewCoordinates.RIGHT_HAND_Z_UP, static=True)
         for stamp, boxes in sorted(answers.items()):
             writer.detections(stamp, boxes.select(boxes.scores >= threshold))
         for stamp, boxes in sorted(read_truth(bag, preset.annotations).items() if preset.annotations else ()):
             writer.truth(stamp, boxes)
-        writer.pictures(bag)
+        left_out = writer.pictures(bag, calibration)
         stream.disconnect()
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    return writer.counts
+    return writer.counts, left_out
+
+
+class _Places:
+    """Where vehicle, cameras and model frame are, as the node looks them up. All raise TransformUnavailable."""
+
+    def __init__(self, bag: BagReader, preset: TopicPreset, calibration: RigCalibration) -> None:
+        self._preset = preset
+        self._calibration = calibration
+        self._tree = read_transforms(bag)
+        self.ego = read_motion(bag, preset, self._tree)
+
+    def model(self, stamp: int) -> Pose:
+        return self._calibration.model or self._mounting(self._preset.model_frame, stamp)
+
+    def camera(self, camera: str, header: Any) -> Pose:
+        """Of a picture with this header."""
+        given = self._calibration.extrinsics.get(camera)
+        return given or self._mounting(self._preset.image_frame(camera, header.frame_id), stamp_ns(header))
+
+    def _mounting(self, frame: str, stamp: int) -> Pose:
+        return self._tree.lookup(self._preset.base_frame, frame, stamp, rigid=True)
 
 
 class _Writer:
     """Logs entities at their stamps, and counts them."""
 
-    def __init__(self, rerun: ModuleType, stream: Any, tree: TransformTree, preset: TopicPreset) -> None:
+    def __init__(self, rerun: ModuleType, stream: Any, places: _Places, preset: TopicPreset) -> None:
         self.counts: Counter[str] = Counter()
         self._rerun: Any = rerun
         self._stream = stream
-        self._tree = tree
+        self._places = places
         self._preset = preset
 
     def detections(self, stamp: int, boxes: Boxes) -> None:
         """Boxes in the model frame, and arrows for the motion in one second."""
-        rerun, preset = self._rerun, self._preset
+        rerun = self._rerun
         self._ego(stamp)
-        self._place("world/ego/model", preset.base_frame, preset.model_frame, stamp)
+        self._place("world/ego/model", self._places.model(stamp))
         colors = np.array([COLORS[CLASSES[label]][::-1] for label in boxes.labels], np.uint8).reshape(-1, 3)
         labels = [f"{CLASSES[label]} {score:.2f}" for label, score in zip(boxes.labels, boxes.scores)]
         self._boxes("world/ego/model/detections", boxes, colors, labels)
@@ -96,26 +139,32 @@ class _Writer:
         self._boxes("world/truth", boxes, colors, [CLASSES[label] for label in boxes.labels])
         self.counts["annotations"] += len(boxes)
 
-    def pictures(self, bag: BagReader) -> None:
-        """Every camera's pictures, with calibration and place at their own stamps."""
+    def pictures(self, bag: BagReader, calibration: RigCalibration) -> dict[str, str]:
+        """Every camera's pictures, with calibration and place at their own stamps; camera -> why it is left out."""
         preset, rerun = self._preset, self._rerun
-        infos = {topic: message for topic, _, message in bag.messages(preset.info_topics())}
-        cameras = {preset.image_topic(camera): camera for camera in CAMERAS}
+        intrinsics, left_out = read_intrinsics(bag, preset, calibration.intrinsics)
+        cameras = {preset.image_topic(camera): camera for camera in CAMERAS if camera in intrinsics}
         messages = bag.messages(list(cameras))
         total = sum(bag.counts[topic] for topic in cameras)
         for topic, _, message in tqdm(messages, "pictures", total, disable=None):
             camera, stamp = cameras[topic], stamp_ns(message.header)
-            info = infos[preset.info_topic(camera)]
-            known = check_intrinsics(np.asarray(info.k), np.asarray(info.p), info.width, info.height)
-            frame = preset.image_frame(camera, message.header.frame_id)
+            known = intrinsics[camera]
+            try:
+                place = self._places.camera(camera, message.header)
+            except TransformUnavailable as error:
+                left_out[camera] = str(error)
+                continue
             self._ego(stamp)
-            self._place(f"world/ego/{camera}", preset.base_frame, frame, stamp)
+            self._place(f"world/ego/{camera}", place)
             entity = f"world/ego/{camera}/image"
             size = [known.width, known.height]
             self._stream.log(entity, rerun.Pinhole(image_from_camera=known.matrix, resolution=size))
             data, kind = _encoded(message, preset.image_type)
             self._stream.log(entity, rerun.EncodedImage(contents=data, media_type=kind))
             self.counts["pictures"] += 1
+        if left_out:
+            self.counts["cameras left out"] = len(left_out)
+        return left_out
 
     def _boxes(self, entity: str, boxes: Boxes, colors: Any, labels: list[str]) -> None:
         turned = boxes.poses()[:, 3:]
@@ -131,12 +180,11 @@ class _Writer:
         """The vehicle's place; it stays where it was when nothing says where it is."""
         self._time(stamp)
         try:
-            self._place("world/ego", self._preset.fixed_frame, self._preset.base_frame, stamp)
+            self._place("world/ego", self._places.ego(stamp))
         except TransformUnavailable:
             self.counts["stamps without ego motion"] += 1
 
-    def _place(self, entity: str, parent: str, child: str, stamp: int) -> None:
-        pose: Pose = self._tree.lookup(parent, child, stamp)
+    def _place(self, entity: str, pose: Pose) -> None:
         w, x, y, z = pose.rotation
         placed = self._rerun.Transform3D(translation=pose.translation, quaternion=[x, y, z, w])
         self._stream.log(entity, placed)
@@ -167,6 +215,15 @@ def _blueprint() -> Any:
     world = views.Spatial3DView(origin="/world", name="world")
     grid = views.Grid(*pictures, grid_columns=3)
     return views.Blueprint(views.Vertical(grid, world, row_shares=[1, 1]), collapse_panels=True)
+
+
+def _save(stream: Any, path: Path) -> None:
+    """Has the stream write to `path`. Raises ConfigError where nothing can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream.save(path, default_blueprint=_blueprint())
+    except (OSError, RuntimeError) as error:  # Rerun's own is the latter
+        raise ConfigError(f"{path.parent}: cannot be written to: {' '.join(str(error).split())}") from error
 
 
 def _rerun() -> ModuleType:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ros.drive import write_drive
+from qdbev_ros.ros.calibration_file import write_calibration
+from tests.ros.drive import drive, write_drive
 from tests.ros.graph import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,16 @@ def package() -> Path:
 def short_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four sets in 1.5 seconds."""
     return write_drive(tmp_path_factory.mktemp("short") / "short.mcap", sets=4)
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibration file of the rig of these bags."""
+    folder = tmp_path_factory.mktemp("calibration")
+    (frame,) = drive(folder, 1)
+    cameras = {camera.calibration.name: camera.calibration for camera in frame.cameras}
+    write_calibration(folder / "rig.yaml", cameras, frame.lidar2ego)
+    return folder / "rig.yaml"
 
 
 @pytest.fixture

@@ -14,20 +14,9 @@ import pytest
 
 from qdbev_ros.core.boxes import Boxes
 from qdbev_ros.ros.bags import BagReader
-from qdbev_ros.ros.calibration_file import write_calibration
 from qdbev_ros.ros.recording import read_detections
 from tests.conventions import CALIBRATED_BY_FILE, convert
-from tests.ros.drive import drive
 from tests.ros.graph import Graph
-
-
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("calibration")
-    (frame,) = drive(folder, 1)
-    cameras = {camera.calibration.name: camera.calibration for camera in frame.cameras}
-    write_calibration(folder / "rig.yaml", cameras, frame.lidar2ego)
-    return folder / "rig.yaml"
 
 
 def replay(folder: Path, package: Path, bag: Path, preset: str, calibration: Path) -> dict[int, Boxes]:

@@ -18,8 +18,11 @@ from qdbev_ros.core.variant import CAMERAS, CLASSES
 from qdbev_ros.ros.bags import BagReader, BagWriter
 from qdbev_ros.ros.encode import encode_detections, encode_objects
 from qdbev_ros.ros.messages import Answer
+from qdbev_ros.ros.presets import load_preset
+from qdbev_ros.ros.recording import read_sets, read_transforms, read_views
 from qdbev_train.cli import main
-from tests.ros.drive import LIDAR2EGO, PERIOD_NS, START_NS, ego_pose
+from tests.conventions import convert
+from tests.ros.drive import LIDAR2EGO, PERIOD_NS, START_NS, edit_bag, ego_pose
 
 dataframe = pytest.importorskip("rerun.dataframe", reason="Rerun is not installed")
 
@@ -114,9 +117,96 @@ def test_every_picture_and_the_ground_truth_are_in_it(
     assert [len(boxes) for boxes in truth] == [1] * 4
 
 
+def export(bag: Path, recording: Path, folder: Path, *more: str) -> tuple[int, dict[str, int]]:
+    """Exit code of the command, and what it counted."""
+    out, counts = folder / "out.rrd", folder / "counts.json"
+    code = main(["rerun", str(bag), str(recording), str(out), "--json", str(counts), *more])
+    assert out.exists() == (code == 0)
+    return code, json.loads(counts.read_text()) if code == 0 else {}
+
+
+@pytest.mark.parametrize("preset", ["nuscenes2bag", "chris7462"])
+def test_a_bag_of_another_convention_with_its_calibration_file_is_shown_whole(
+    preset: str, short_bag: Path, recording: Path, calibration: Path, tmp_path: Path
+) -> None:
+    """One has no CameraInfo and the sensors on /tf alone; the other has no transform, and its motion as Odometry."""
+    bag = convert(short_bag, preset, tmp_path / "bag.mcap")
+    given = ("--preset", preset, "--calibration", str(calibration))
+    assert export(bag, recording, tmp_path, *given) == (0, {"sets": 4, "detections": 4, "pictures": 24})
+    shown = dataframe.load_recording(tmp_path / "out.rrd")
+    stamps, places = column(shown, "/world/ego", "translation")
+    for stamp, place in zip(stamps, places):
+        np.testing.assert_allclose(place, [ego_pose(stamp).translation], atol=1e-2)
+    _, mounted = column(shown, "/world/ego/model", "translation")
+    np.testing.assert_allclose(mounted, [[LIDAR2EGO.translation]] * 4)
+    _, front = column(shown, "/world/ego/CAM_FRONT", "translation")
+    np.testing.assert_allclose(front, [[[1.2, 0.0, 1.5]]] * 4, atol=1e-6)
+
+
+def test_without_its_calibration_file_cameras_that_nothing_describes_are_left_out_and_counted(
+    short_bag: Path, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bag = convert(short_bag, "nuscenes2bag", tmp_path / "bag.mcap")
+    code, counts = export(bag, recording, tmp_path, "--preset", "nuscenes2bag")
+    assert (code, counts) == (0, {"sets": 4, "detections": 4, "cameras left out": 6})
+    (line,) = (
+        line for line in capsys.readouterr().out.splitlines() if "left out" in line and "rrd" not in line
+    )
+    assert "CAM_BACK_RIGHT: preset nuscenes2bag has no CameraInfo" in line
+    assert "--calibration FILE" in line
+
+
+def test_without_its_calibration_file_a_bag_that_places_nothing_is_refused_in_one_line(
+    short_bag: Path, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bag = convert(short_bag, "chris7462", tmp_path / "bag.mcap")
+    assert export(bag, recording, tmp_path, "--preset", "chris7462") == (2, {})
+    error = capsys.readouterr().err
+    assert "nothing says where the model frame 'lidar_top_link' is" in error
+    assert "--calibration FILE" in error
+    assert error.count("\n") == 1
+
+
+def test_a_camera_info_of_zeros_costs_its_camera_unless_the_calibration_file_has_better(
+    short_bag: Path, recording: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damage(topic: str, message: Any) -> Any:
+        if topic == "/CAM_BACK/camera_info":
+            message.k = np.zeros(9)
+        return None if topic == "/CAM_FRONT/camera_info" else message
+
+    bag = edit_bag(short_bag, tmp_path / "bag.mcap", damage)
+    code, counts = export(bag, recording, tmp_path, "--calibration", str(calibration))
+    assert (code, counts["pictures"]) == (0, 24)
+    code, counts = export(bag, recording, tmp_path)
+    assert (code, counts["pictures"], counts["cameras left out"]) == (0, 16, 2)
+    told = capsys.readouterr().out
+    assert "CAM_BACK: /CAM_BACK/camera_info: K is no camera matrix" in told
+    assert "CAM_FRONT: nothing on /CAM_FRONT/camera_info" in told
+
+
+def test_the_overview_leaves_a_camera_without_intrinsics_out(short_bag: Path, tmp_path: Path) -> None:
+    def damage(topic: str, message: Any) -> Any:
+        if topic == "/CAM_BACK/camera_info":
+            message.k = np.zeros(9)
+        return None if topic == "/CAM_FRONT/camera_info" else message
+
+    preset = load_preset("nuscenes")
+    with BagReader(edit_bag(short_bag, tmp_path / "bag.mcap", damage)) as bag:
+        views = read_views(
+            bag, preset, read_sets(bag, preset)[1], read_transforms(bag), ("map", "base_link", "LIDAR_TOP")
+        )
+    assert sorted(views) == sorted(set(CAMERAS) - {"CAM_BACK", "CAM_FRONT"})
+
+
 def test_what_cannot_be_shown_is_refused_in_one_line(
-    short_bag: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short_bag: Path, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["rerun", str(short_bag), str(short_bag), str(tmp_path / "x.rrd")]) == 2
     assert "holds no answers on /qdbev_detector/detections" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    assert main(["rerun", str(short_bag), str(recording), str(tmp_path / "file" / "x.rrd")]) == 2
+    error = capsys.readouterr().err
+    assert "file: cannot be written to" in error
+    assert error.count("\n") == 1
