@@ -20,8 +20,6 @@ from rosgraph_msgs.msg import Clock
 from vision_msgs.msg import Detection3DArray
 
 from qdbev_ros.core.errors import ConfigError
-from qdbev_ros.ros.bags import BagReader
-from qdbev_ros.ros.endless import Endless
 from qdbev_ros.ros.messages import ns_to_stamp
 from qdbev_ros.ros.parameters import PlayerParameters, declare
 from qdbev_ros.ros.presets import TopicPreset, load_preset
@@ -43,6 +41,9 @@ class Player:
     grace_s = 0.0
 
     def __init__(self) -> None:
+        from qdbev_ros.ros.bags import BagReader
+        from qdbev_ros.ros.endless import Endless
+
         self.node = Node(NODE_NAME)
         self._parameters = declare(self.node, PlayerParameters)
         if not self._parameters.bag:

@@ -15,7 +15,6 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
 from qdbev_ros.core.errors import ConfigError, DataError
-from qdbev_ros.ros.bags import BagWriter
 from qdbev_ros.ros.parameters import RecorderParameters, declare
 from qdbev_ros.ros.process import run
 from qdbev_ros.ros.timers import every
@@ -30,6 +29,8 @@ class Recorder:
     grace_s = 6.0
 
     def __init__(self) -> None:
+        from qdbev_ros.ros.bags import BagWriter
+
         self.node = Node(NODE_NAME)
         parameters = declare(self.node, RecorderParameters)
         if not parameters.output or not parameters.topics:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class QdbevError(Exception):
     """Base of every error that a command reports in one line, with exit code 2."""
@@ -26,3 +28,8 @@ class PackageError(QdbevError):
 
 class EngineError(QdbevError):
     """An inference engine is not available or does not compute what it should."""
+
+
+def install_hint(error: ImportError) -> str:
+    """What cannot be imported, and what brings it: colcon and rosdep don't bring all Python packages."""
+    return f"{error}: {sys.executable} -m pip install -r requirements/node.txt"

@@ -7,11 +7,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qdbev_ros.core.errors import EngineError
+from qdbev_ros.core.errors import EngineError, install_hint
 from qdbev_ros.engine.cache import EngineKey, cpu_name
 from qdbev_ros.engine.package import Package
 from qdbev_ros.engine.runner import Runner
-from qdbev_ros.engine.stage_outputs import with_stage_outputs
 
 LOG = logging.getLogger(__name__)
 
@@ -57,10 +56,9 @@ def _onnxruntime(package: Package, threads: int | None) -> Opened:
         import onnxruntime
 
         from qdbev_ros.engine.onnxruntime_runner import OnnxRuntimeRunner
+        from qdbev_ros.engine.stage_outputs import with_stage_outputs
     except ImportError as error:
-        raise EngineError(
-            f"the onnxruntime engine needs onnxruntime and onnx (pip install): {error}"
-        ) from error
+        raise EngineError(f"the onnxruntime engine cannot run here: {install_hint(error)}") from error
     runner = OnnxRuntimeRunner(with_stage_outputs(package.model), threads)
     # The description tells whether the deformable kernel could be built.
     return Opened(runner, _cpu_key(package, "onnxruntime", onnxruntime.__version__, runner.description))
@@ -71,6 +69,7 @@ def _openvino(package: Package, threads: int | None) -> Opened:
         import openvino
 
         from qdbev_ros.engine.openvino_runner import OpenVinoRunner
+        from qdbev_ros.engine.stage_outputs import with_stage_outputs
     except ImportError as error:
         raise EngineError(
             f"the openvino engine needs OpenVINO (pip install -r requirements/openvino.txt): {error}"

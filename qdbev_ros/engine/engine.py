@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdbev_ros.core.ego_motion import CAN_BUS_SIZE, bev_shift, rotate_bev, rotation_sources
-from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.errors import DataError, EngineError, install_hint
 from qdbev_ros.core.preprocess import PictureGrid
 from qdbev_ros.core.projection import VisibleCells, visible_cells
 from qdbev_ros.core.variant import CAMERAS, Variant
 from qdbev_ros.engine.backends import check_backend, open_runner
 from qdbev_ros.engine.package import Package, read_package
-from qdbev_ros.engine.parity import ensure_parity
 from qdbev_ros.engine.runner import Floats, Runner
 
 
@@ -126,6 +125,10 @@ def load_package(path: str | Path, backend: str = "auto", threads: int | None = 
     for a bad file, EngineError where the backend is unknown, missing or computes something else than the package says.
     """
     check_backend(backend, threads)
+    try:
+        from qdbev_ros.engine.parity import ensure_parity  # and with it onnx
+    except ImportError as error:
+        raise EngineError(install_hint(error)) from error
     package = read_package(path)
     opened = open_runner(package, backend, threads)
     engine = Engine(package, opened.runner)

@@ -14,7 +14,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
-from qdbev_ros.core.errors import ConfigError, QdbevError
+from qdbev_ros.core.errors import ConfigError, QdbevError, install_hint
 from qdbev_ros.core.signals import on_stop
 
 
@@ -31,7 +31,10 @@ class ManagedNode(Protocol):
 
 
 def run(name: str, make: Callable[[], ManagedNode]) -> int:
-    """Runs a node until it is finished or a signal; exit code 0, or 2 where the user must mend something."""
+    """Runs a node until it is finished or a signal; exit code 0, or 2 where the user must mend something.
+
+    Packages that may be missing are imported where `make` is called, not with the node's module.
+    """
     stop = threading.Event()
     started = threading.Event()
 
@@ -52,6 +55,9 @@ def run(name: str, make: Callable[[], ManagedNode]) -> int:
             managed.node.destroy_node()
     except QdbevError as error:
         print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except ImportError as error:
+        print(f"{name}: error: {install_hint(error)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: stopped while starting", file=sys.stderr, flush=True)
