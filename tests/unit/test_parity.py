@@ -13,7 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 from qdbev_ros.core.errors import EngineError
-from qdbev_ros.engine import backends, load_package, parity, read_package
+from qdbev_ros.engine import load_package, parity, read_package, stage_outputs
 from qdbev_ros.engine.engine import Engine
 from qdbev_ros.engine.graph import pack_int4, unpack_int4
 from qdbev_ros.engine.package import Package
@@ -164,7 +164,7 @@ def test_a_refusal_is_not_kept_as_a_pass(
     model = onnx.load_from_string(package.model)
     lost_bias(model)
     wrong = with_stage_outputs(model.SerializeToString())
-    monkeypatch.setattr(backends, "with_stage_outputs", lambda _: wrong)
+    monkeypatch.setattr(stage_outputs, "with_stage_outputs", lambda _: wrong)
     for _ in range(2):
         with pytest.raises(EngineError, match="does not compute what the package says"):
             load_package(package.path, backend="onnxruntime", threads=1)
