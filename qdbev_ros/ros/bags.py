@@ -29,7 +29,11 @@ class BagReader:
             self._reader.open()
         except (AnyReaderError, OSError, ValueError, IndexError, TypeError) as error:
             text = " ".join(str(error).split())
-            hint = "; if Foxglove's tools wrote it: qdbev import-foxglove" if "Profile" in text else ""
+            hint = ""
+            if "Profile" in text:
+                hint = "; if Foxglove's tools wrote it: qdbev import-foxglove"
+            elif "end magic" in text:
+                hint = f"; if its recording was cut off: mcap recover {self.path} -o whole.mcap"
             raise DataError(f"bag {self.path} cannot be read: {text}{hint}") from error
 
     def __enter__(self) -> BagReader:

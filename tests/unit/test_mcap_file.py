@@ -74,6 +74,8 @@ def test_a_full_disk_leaves_what_was_written_under_a_plain_name(tmp_path: Path, 
     assert stamps == list(range(len(stamps)))
     assert len(stamps) >= 12, "all but the last megabytes"
     assert partial.stat().st_size <= 5_000_000, "nothing is added behind what was cut off"
+    with pytest.raises(DataError, match=f"{partial} cannot be read: .*: mcap recover {partial} -o"):
+        BagReader(partial)
 
 
 def test_a_disk_that_is_full_at_the_end_leaves_it_too(tmp_path: Path) -> None:
