@@ -212,7 +212,9 @@ def _rviz(preset: TopicPreset, sim_time: dict[str, str | bool | int | float]) ->
     if preset.annotations:
         remappings.append(("/annotations", preset.annotations))
     view = str(config_folder() / ("qdbev.rviz" if compressed else "qdbev_raw.rviz"))
-    arguments = ("-d", view, "-f", preset.fixed_frame)
+    # With odometry nobody tells where the vehicle is in the fixed frame, and RViz would show nothing at all.
+    frame = preset.base_frame if preset.ego_motion == "odometry" else preset.fixed_frame
+    arguments = ("-d", view, "-f", frame)
     return Process("rviz2", "rviz2", "rviz2", sim_time, arguments=arguments, remappings=tuple(remappings))
 
 

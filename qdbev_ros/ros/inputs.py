@@ -27,6 +27,7 @@ from qdbev_ros.ros.assembly import Assembler, Frames, Job
 from qdbev_ros.ros.calibration_file import RigCalibration
 from qdbev_ros.ros.camera_state import CameraState, check_intrinsics
 from qdbev_ros.ros.messages import pose_from_message, pose_from_transform, stamp_to_ns
+from qdbev_ros.ros.mountings import Mountings
 from qdbev_ros.ros.parameters import DetectorParameters
 from qdbev_ros.ros.presets import TopicPreset
 from qdbev_ros.ros.throttle import Throttled
@@ -64,10 +65,11 @@ class Inputs:
         self._odometry = OdometryMotion(preset.odometry, base, self.tree)
         from_tf = parameters.ego_motion == "tf"
         ego_pose = partial(self.tree.lookup, fixed, base) if from_tf else self._odometry.lookup
+        frames = Frames(base, parameters.model_frame)
         self._assembler = Assembler(
-            self.tree, self.cameras, Frames(base, parameters.model_frame), calibration, self._picture_frame,
-            ego_pose, parameters.tf_timeout,
-        )  # fmt: skip
+            self.tree, self.cameras, frames, calibration, self._picture_frame, ego_pose, parameters.tf_timeout
+        )
+        self._mountings = Mountings(node, preset, calibration, frames)
         self._pending: deque[tuple[FrameSet[Any], float]] = deque()
         self._warn = Throttled(node.get_logger().warning)
         self._subscriptions: list[Any] = []
@@ -90,6 +92,7 @@ class Inputs:
         for subscription in self._subscriptions:
             self._node.destroy_subscription(subscription)
         self._node.destroy_timer(self._timer)
+        self._mountings.close()
 
     def _subscribe(self, preset: TopicPreset) -> None:
         kind = CompressedImage if preset.image_type == "compressed" else Image
@@ -140,6 +143,8 @@ class Inputs:
     def _tick(self) -> None:
         now = time.monotonic()
         self._take(self.sync.expire(now), now)
+        if any(state.images for state in self.cameras.values()):  # a bag's transforms come with its pictures
+            self._mountings.look(self.tree, now, self._parameters.tf_timeout)
 
     def _take(self, sets: list[FrameSet[Any]], now: float) -> None:
         """Queues new sets and works off what can be."""

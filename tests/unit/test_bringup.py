@@ -151,7 +151,16 @@ def test_the_rviz_view_shows_what_node_and_bag_publish_with_any_preset(name: str
     ours = {"/qdbev_detector/markers", "/qdbev_detector/overlay/compressed"}
     assert shown == {*ours, *preset.image_topics(), preset.annotations or "/annotations"}
     assert set(remapped) <= rviz_topics(view)
-    assert rviz.arguments[2:] == ("-f", preset.fixed_frame)
+    assert rviz.arguments[2] == "-f"
+    assert rviz.arguments[3] == (preset.base_frame if preset.ego_motion == "odometry" else preset.fixed_frame)
+
+
+def test_rviz_shows_boxes_in_the_vehicles_frame_where_the_motion_is_odometry(given: dict[str, str]) -> None:
+    """Nobody broadcasts preset chris7462's fixed frame then: RViz would show nothing at all."""
+    rviz = describe({**given, "preset": "chris7462", "rviz": "true"}).processes[-1]
+    assert (rviz.name, rviz.arguments[2:]) == ("rviz2", ("-f", "base_link"))
+    rviz = describe({**given, "preset": "bevfusion_demo", "rviz": "true"}).processes[-1]
+    assert rviz.arguments[2:] == ("-f", "map")
 
 
 def test_the_rviz_views_of_compressed_and_raw_pictures_differ_in_these_alone() -> None:
