@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qdbev_ros.core.errors import QdbevError
+from qdbev_ros.core.errors import QdbevError, install_hint
 
 # Modules with add_parser(commands), in the order of the help text.
 COMMANDS = (
@@ -55,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except QdbevError as error:
         print(f"qdbev: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("qdbev_ros", "qdbev_train")):
+            raise
+        print(
+            f"qdbev: error: {install_hint(error)} (for training and scores requirements/test.txt)",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt as interruption:
         print(f"qdbev: {str(interruption) or 'interrupted'}", file=sys.stderr)

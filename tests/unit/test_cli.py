@@ -7,6 +7,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def test_an_interrupted_command_ends_with_130(monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     assert run_as(monkeypatch, work) == 130
+
+
+def test_a_missing_package_is_one_line_with_what_brings_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_: Any) -> None:
+        import_module("rosbags_is_not_installed")
+
+    assert run_as(monkeypatch, work) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "rosbags_is_not_installed" in line
+    assert "pip install -r requirements/node.txt" in line
 
 
 def test_a_defect_of_ours_is_not_hidden_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
