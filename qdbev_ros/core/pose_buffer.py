@@ -10,7 +10,7 @@ from qdbev_ros.core.errors import QdbevError
 from qdbev_ros.core.geometry import Pose, interpolate
 
 JUMP_BACK_NS = 500_000_000  # a larger step back in a frame's stamps is a recording that started again
-MAX_POSES = 4096
+MAX_HZ = 400  # of a faster sender fewer seconds are kept
 
 
 class TransformUnavailable(QdbevError):
@@ -27,7 +27,7 @@ class TransformUnavailable(QdbevError):
 
 @dataclass
 class PoseTrack:
-    """Poses of one moving frame in its parent, by stamp. Bounded to `keep_s` seconds and MAX_POSES poses."""
+    """Poses of one moving frame in its parent, by stamp. Bounded to `keep_s` seconds of MAX_HZ poses each."""
 
     keep_s: float = 10.0
     max_gap_s: float = 1.0  # no interpolation across a longer hole
@@ -43,12 +43,15 @@ class PoseTrack:
         self.stamps.insert(index, stamp_ns)
         self.poses.insert(index, pose)
         oldest = self.stamps[-1] - round(self.keep_s * 1e9)
-        excess = max(bisect_left(self.stamps, oldest), len(self.stamps) - MAX_POSES)
+        excess = max(bisect_left(self.stamps, oldest), len(self.stamps) - round(self.keep_s * MAX_HZ))
         del self.stamps[:excess], self.poses[:excess]
 
     def nearest(self, stamp_ns: int) -> Pose:
         """The pose that is nearest in time."""
-        return self.poses[min(range(len(self.stamps)), key=lambda i: abs(self.stamps[i] - stamp_ns))]
+        right = min(bisect_left(self.stamps, stamp_ns), len(self.stamps) - 1)
+        left = max(right - 1, 0)
+        nearer = right if self.stamps[right] - stamp_ns < stamp_ns - self.stamps[left] else left
+        return self.poses[nearer]
 
     def lookup(self, stamp_ns: int, name: str) -> Pose:
         """The pose at `stamp_ns`; no extrapolation. `name` is for the message of TransformUnavailable."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qdbev_ros.core.geometry import Pose, yaw_quaternion
-from qdbev_ros.core.pose_buffer import MAX_POSES, TransformTree, TransformUnavailable
+from qdbev_ros.core.pose_buffer import MAX_HZ, PoseTrack, TransformTree, TransformUnavailable
 
 SECOND = 1_000_000_000
 
@@ -109,11 +109,27 @@ def test_a_jump_back_of_the_pictures_drops_poses_of_the_future_only(tree: Transf
 
 def test_memory_is_bounded_by_time_and_count() -> None:
     tree = TransformTree(keep_s=10.0)
-    for i in range(2 * MAX_POSES):
+    for i in range(9000):
         tree.insert("map", "base_link", i * SECOND // 1000, at(float(i)))
-    assert len(tree._tracks["base_link"].stamps) == MAX_POSES
+    assert len(tree._tracks["base_link"].stamps) == 10 * MAX_HZ
     tree.insert("map", "base_link", 100 * SECOND, at(0.0))
     assert len(tree._tracks["base_link"].stamps) == 1
+
+
+def test_a_whole_recording_is_kept_where_that_is_asked_for() -> None:
+    """A minute of 100 poses a second, for which somebody asks at its end."""
+    tree = TransformTree(keep_s=1e9)
+    for i in range(6000):
+        tree.insert("map", "base_link", i * SECOND // 100, at(float(i)))
+    np.testing.assert_allclose(tree.lookup("map", "base_link", SECOND // 200).translation, [0.5, 0, 0])
+
+
+def test_the_nearest_pose_is_found_among_all() -> None:
+    track = PoseTrack()
+    for stamp in (10, 20, 40):
+        track.insert(stamp, at(float(stamp)))
+    found = [int(track.nearest(stamp).translation[0]) for stamp in (0, 14, 16, 29, 31, 99)]
+    assert found == [10, 10, 20, 20, 40, 40]
 
 
 def test_a_bolted_sensor_sent_on_tf_is_where_it_was_sent_last() -> None:
