@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -31,6 +32,9 @@ COMMANDS = (
     "qdbev_ros.foxglove_command",
     "qdbev_ros.rerun_command",
 )
+
+# The machine's and not ours: full, over quota, not to be written to.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) went away, which is no error; Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"qdbev: error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        return 2
 
 
 def _version() -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,6 +83,16 @@ def test_a_missing_package_is_one_line_with_what_brings_it(
     (line,) = capsys.readouterr().err.splitlines()
     assert "rosbags_is_not_installed" in line
     assert "pip install -r requirements/node.txt" in line
+
+
+def test_a_full_disk_is_one_line_with_the_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "out/scene.json")
+
+    assert run_as(monkeypatch, work) == 2
+    assert capsys.readouterr().err == "qdbev: error: No space left on device: out/scene.json\n"
 
 
 def test_a_defect_of_ours_is_not_hidden_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
