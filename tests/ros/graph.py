@@ -97,11 +97,17 @@ class Graph:
         log = self._folder / f"log-{len(self._running)}.txt"
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                list(command), env=self.environment, stdout=stream, stderr=subprocess.STDOUT
-            )
+                list(command), env=self.environment, stdout=stream, stderr=subprocess.STDOUT,
+                preexec_fn=from_a_terminal,
+            )  # fmt: skip
         running = Running(process, log)
         self._running.append(running)
         return running
+
+
+def from_a_terminal() -> None:
+    """Before a program starts: tests that run under nohup would have it deaf to the end of the terminal."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def child(running: Running, name: str) -> psutil.Process:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import termios
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,7 +17,7 @@ import pytest
 
 from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.recording import read_detections
-from tests.ros.graph import Graph, child
+from tests.ros.graph import Graph, child, from_a_terminal
 from tests.ros.rig import Rig, patient
 
 DISK_BYTES = 2_500_000  # a limit on the size of files stands for a disk that is full
@@ -53,10 +52,15 @@ def test_a_full_disk_ends_the_recording_and_not_the_detection(
 def in_a_terminal(graph: Graph, *arguments: str) -> tuple[subprocess.Popen[bytes], int]:
     """bringup as the leader of a terminal's session, and the terminal's other end."""
     ours, theirs = os.openpty()
+
+    def take_the_terminal() -> None:
+        from_a_terminal()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
         [sys.executable, "-m", "qdbev_ros.bringup", *arguments],
         env=graph.environment, stdin=theirs, stdout=theirs, stderr=theirs,
-        start_new_session=True, preexec_fn=partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0),
+        start_new_session=True, preexec_fn=take_the_terminal,
     )  # fmt: skip
     os.close(theirs)
     return process, ours

@@ -80,7 +80,8 @@ def assert_rclpy_writes(message: Any, data: bytes) -> None:
     assert len(data) <= len(plain) < len(data) + 8, "some middleware pads the end"
     assert deserialize_message(data, kind) == deserialize_message(plain, kind)
     different = sum(a != b for a, b in zip(data, plain))
-    assert different == sum(a != b and a == 0 for a, b in zip(data, plain)) <= len(data) / 8
+    # At most as among nothing but empty texts: four bytes of length, one of end, three of padding.
+    assert different == sum(a != b and a == 0 for a, b in zip(data, plain)) <= len(data) * 3 / 8
 
 
 @settings(derandomize=True, database=None, max_examples=60, deadline=None)
