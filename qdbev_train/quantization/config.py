@@ -9,13 +9,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_train.settings import PLAIN, require_plain
 
 # In the order of the data flow, which is also the order of progressive training.
 PARTS = ("backbone", "neck", "encoder", "decoder")
 FLOAT = 32
 BITS = (*range(2, 9), FLOAT)
-# What a setting of a plain type may be, by its annotation.
-_PLAIN: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,8 @@ def _check_types(kind: type[QuantConfig | Override], data: dict[str, Any], sourc
     """Raises ConfigError where a value isn't what the field of `kind` asks for; tuples may be lists."""
     for field in dataclasses.fields(kind):
         if field.name in data:
-            value, wanted = data[field.name], str(field.type)
-            plain = _PLAIN.get(wanted)
-            fits = isinstance(value, (list, tuple)) if plain is None else isinstance(value, plain)
-            if not fits or (wanted != "bool" and isinstance(value, bool)):
-                expected = "a list" if plain is None else wanted
-                raise ConfigError(f"{source}: {field.name} is {value!r}, expected {expected}")
+            value, wanted, where = data[field.name], str(field.type), f"{source}: {field.name}"
+            if wanted in PLAIN:
+                require_plain(value, wanted, where)
+            elif not isinstance(value, (list, tuple)):
+                raise ConfigError(f"{where} is {value!r}, expected a list")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_train.settings import require_plain
 
 T = TypeVar("T")
 
@@ -140,7 +141,6 @@ def build(kind: type[T], data: Any, source: str) -> T:
     return kind(**{name: _value(data[name], str(f.type), f"{source}: {name}") for name, f in fields.items()})
 
 
-_PLAIN: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 _NESTED: dict[str, type] = {"DataConfig": DataConfig, "EvaluationConfig": EvaluationConfig}
 
 
@@ -156,8 +156,7 @@ def _value(value: Any, wanted: str, source: str) -> Any:
             return Span.parse(str(value))
         except ValueError:
             raise ConfigError(f'{source} is {value!r}, expected "24 epochs" or "300 steps"') from None
-    if not isinstance(value, _PLAIN[wanted]) or (wanted == "bool") != isinstance(value, bool):
-        raise ConfigError(f"{source} is {value!r}, expected {wanted}")
+    require_plain(value, wanted, source)
     if isinstance(value, str):
         # Paths may name environment variables, such as $QDBEV_NUSCENES.
         value = os.path.expandvars(value)
