@@ -17,6 +17,7 @@ from qdbev_train.study.run import Study
 ERRORS = ("mATE", "mASE", "mAOE", "mAVE", "mAAE")
 TITLES = {
     "methods": "Methods, W4A6",
+    "longer": "Three times as long: 600 steps",
     "parts": "Calibration alone, one part at a time",
     "bits": "Calibration alone, by bit width",
     "beyond": "Beyond the paper",
