@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from qdbev_ros.core.files import write_json
 from qdbev_ros.ros.calibration_file import write_calibration
 from qdbev_ros.ros.domain import free_domain
 from qdbev_ros.ros.presets import preset_names
@@ -65,8 +66,7 @@ def main() -> None:
             results[preset] = score(preset, folder / "source.mcap", folder / "rig.yaml", args, folder)
             print(preset, results[preset], flush=True)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qdbev_ros.core.files import write_json
+
 VERSION = "v1.0-trainval"
 SWEEPS = 10  # readings between two key frames of a channel: 77 records a sample in all, as in nuScenes
 SHARED = ("category", "attribute", "visibility", "sensor", "log", "map")
@@ -104,11 +106,9 @@ def main() -> None:
         numbers["devkit_on_a_tenth"] = measure(DEVKIT, tenth)
         numbers["build_of_a_tenth"] = measure(BUILD, tenth)
         numbers["index_MB"] = megabytes(full / VERSION / "qdbev_index")
-    text = json.dumps(numbers, indent=2)
-    print(text)
+    print(json.dumps(numbers, indent=2))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n")
+        write_json(args.json, numbers)
 
 
 def write_tables(

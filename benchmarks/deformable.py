@@ -10,7 +10,6 @@ example: python benchmarks/deformable.py --variants nano tiny --threads 2
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from qdbev_ros.core.errors import QdbevError
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.projection import scale_to_input, stack_lidar2img, visible_cells
 from qdbev_ros.core.variant import Variant, load_variant
 from qdbev_ros.engine.graph import Graph
@@ -148,7 +148,7 @@ def main(arguments: list[str]) -> int:
     for row in rows:
         print(f"| {' | '.join(str(value) for value in row.values())} |")
     if args.json:
-        args.json.write_text(json.dumps({"threads": args.threads, "rows": rows}, indent=1) + "\n")
+        write_json(args.json, {"threads": args.threads, "rows": rows})
     return 0
 
 

@@ -7,7 +7,6 @@ Example: python benchmarks/doctor_colours.py data/town --version v1.0-trainval -
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from qdbev_ros.core.doctor import CameraSeen, Drive, PictureSeen
 from qdbev_ros.core.doctor.pictures import check_pictures
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.observe import look_at
 from qdbev_train.data.tables import load_scenes
@@ -64,8 +64,7 @@ def main() -> None:
     for name, counter in counts.items():
         print(f"{name}: {dict(counter)}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(counts, indent=2) + "\n")
+        write_json(args.json, counts)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from benchmarks.engines_report import numbers, table, write_docs
 from benchmarks.packages import ABOUT, FLOAT_PACKAGE, PACKAGE
 from benchmarks.turns import Row, Worker, cores, cpu_name, free_gb, serve
 from qdbev_ros.core.errors import DataError, QdbevError
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.variant import Variant, load_variant
 from qdbev_ros.engine.native import KernelError
 
@@ -212,10 +213,7 @@ def _measure(arguments: list[str]) -> int:
                 print(prepare(variant))
             return 0
         data = run(args.variants, args.seconds)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.json.with_name(args.json.name + ".part")
-        temporary.write_text(json.dumps(data, indent=1) + "\n")
-        os.replace(temporary, args.json)
+        write_json(args.json, data, indent=1)
         if args.docs:
             write_docs(data, ROOT / "docs", f"python benchmarks/engines.py {' '.join(arguments)}")
     except QdbevError as error:

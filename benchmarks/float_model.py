@@ -12,7 +12,6 @@ example: python benchmarks/float_model.py --variants tiny small --repeats 5
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.turns import Row, Turns, Worker, cores, cpu_name, free_gb, serve
 from qdbev_ros.core.errors import DataError, QdbevError
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.variant import load_variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,8 +260,7 @@ def main(arguments: list[str]) -> int:
         for variant in args.variants:
             load_variant(variant)
         data = run(args.variants, args.repeats)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+        write_json(args.json, data)
     except QdbevError as error:
         print(f"float_model.py: error: {error}", file=sys.stderr)
         return 2

@@ -7,8 +7,6 @@ Example: python -m benchmarks.messages --boxes 300 --markers 40 --turns 60
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -25,6 +23,7 @@ from vision_msgs.msg import Detection3DArray
 from visualization_msgs.msg import MarkerArray
 
 from qdbev_ros.core.boxes import Boxes
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.memory import MemoryInput
 from qdbev_ros.core.variant import CAMERAS, CLASSES
 from qdbev_ros.ros.domain import free_domain
@@ -109,9 +108,7 @@ def main(words: list[str]) -> int:
         cells = [f"{statistics.median(part):.2f} [{min(part):.2f}]" for part in (build, publish, both)]
         print(f"| {name} | {way} | {' | '.join(cells)} |")
     if args.json:
-        temporary = args.json.with_name(f".{args.json.name}")
-        temporary.write_text(json.dumps({f"{name}.{way}": parts for (name, way), parts in found.items()}))
-        os.replace(temporary, args.json)
+        write_json(args.json, {f"{name}.{way}": parts for (name, way), parts in found.items()})
     return 0
 
 

@@ -10,7 +10,6 @@ example: python benchmarks/package_sizes.py nano tiny --json out/package_sizes.j
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.variant import Variant, load_variant
 from qdbev_ros.engine import read_package
 from qdbev_train.checkpoint import save_model
@@ -104,8 +104,7 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        rows = [vars(size) | {"ratio": size.ratio} for size in sizes]
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(args.json, [vars(size) | {"ratio": size.ratio} for size in sizes])
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.variant import Variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,9 +61,7 @@ def make(variant: Variant, folder: Path) -> None:
     calibrate(student, [batch], config)
     export_package(student, variant, config, folder / PACKAGE, {"weights": "random"}, {})
     about["package_bytes"] = (folder / PACKAGE).stat().st_size
-    temporary = folder / f"{ABOUT}.part"
-    temporary.write_text(json.dumps(about, indent=1))
-    os.replace(temporary, folder / ABOUT)
+    write_json(folder / ABOUT, about)
 
 
 def unsettle(model: Any) -> None:

@@ -7,8 +7,6 @@ Example: python -m benchmarks.pictures --variants nano tiny --turns 40
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -20,6 +18,7 @@ import cv2
 import numpy as np
 
 from qdbev_ros.core.encodings import raw_picture
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.made_drive import HEIGHT, WIDTH, made_frame
 from qdbev_ros.core.preprocess import decode_picture, resize_picture, shrink_raw
 from qdbev_ros.core.variant import ImageSpec, load_variant
@@ -81,9 +80,7 @@ def main(words: list[str]) -> int:
             cells = [f"{statistics.median(part):.1f} [{min(part):.1f}]" for part in parts.values()]
             print(f"| {name} | {way} | {' | '.join(cells)} |")
     if args.json:
-        temporary = args.json.with_name(f".{args.json.name}")
-        temporary.write_text(json.dumps(found))
-        os.replace(temporary, args.json)
+        write_json(args.json, found)
     return 0
 
 

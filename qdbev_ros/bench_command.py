@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.core.files import write_json
 
 EXAMPLE = """example:
   qdbev bench demo/nano.qdbev
@@ -57,15 +55,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{args.package}, {args.frames} frames, {cpu_name()}\n{table(rows)}")
     if args.json:
         about = {"package": args.package.name, "frames": args.frames, "machine": cpu_name()}
-        _write_json(args.json, as_json(rows, described, about))
+        write_json(args.json, as_json(rows, described, about))
     return 0
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error

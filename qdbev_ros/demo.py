@@ -7,7 +7,6 @@ Example: python -m qdbev_ros.demo --bag demo/town.mcap --model demo/nano.qdbev -
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from qdbev_ros.bringup import DETECTOR
 from qdbev_ros.core.boxes import Boxes, empty_boxes
 from qdbev_ros.core.drawing import draw_overview
 from qdbev_ros.core.errors import DataError, QdbevError
+from qdbev_ros.core.files import whole_file, write_json
 from qdbev_ros.core.matching import MATCH_DISTANCE, match_boxes
 from qdbev_ros.core.pose_buffer import TransformTree
 from qdbev_ros.core.synchroniser import FrameSet
@@ -93,7 +93,7 @@ def _demo(bag_path: Path, model: Path, out: Path, rate: float) -> int:
         truth = _truth_in_model_frame(read_truth(bag, preset.annotations), tree)
         summary = _summary(sets, answers, truth, status)
         summary |= {"bag": str(bag_path), "started_with": with_what, "wall_time_s": round(wall, 1)}
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(out / "summary.json", summary)
         _draw(out / "overview.png", bag, preset, sets, tree, answers, truth, status)
     _tell(summary, out)
     if summary["sets_unanswered"]:
@@ -229,12 +229,11 @@ def _draw(
     )
     boxes, real = _shown(answers[frame.stamp_ns]), _truth_at(truth, frame.stamp_ns)
     picture = draw_overview(views, boxes, real, title, footer)
-    temporary = path.with_name(f".{path.name}")
     done, data = cv2.imencode(".png", picture)
     if not done:
         raise DataError(f"cannot encode {path}")
-    temporary.write_bytes(data.tobytes())
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data.tobytes())
 
 
 def _tell(summary: dict[str, Any], out: Path) -> None:

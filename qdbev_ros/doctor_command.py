@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.core.files import write_json
 
 if TYPE_CHECKING:
     from qdbev_ros.core.doctor import Drive, Report
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     report = diagnose(drive)
     source = "live topics" if args.live else str(args.bag)
     if args.json:
-        _write_json(args.json, as_json(source, name, drive, report))
+        write_json(args.json, as_json(source, name, drive, report))
     print(as_text(source, name, drive, report))
     return 1 if report.findings else 0
 
@@ -97,13 +96,3 @@ def as_json(source: str, preset: str, drive: Drive, report: Report) -> dict[str,
         "findings": [dataclasses.asdict(finding) for finding in report.findings],
         "notes": list(report.notes),
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error

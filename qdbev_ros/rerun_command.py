@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
+
+from qdbev_ros.core.files import write_json
 
 EXAMPLE = "example: qdbev rerun demo/town.mcap out/demo/detections.mcap out/demo/demo.rrd && rerun out/demo/demo.rrd"
 
@@ -54,7 +54,5 @@ def run(args: argparse.Namespace) -> int:
         reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in cameras.items())
         print(f"left out: {reasons}; {ADVICE}")
     if args.json:
-        temporary = args.json.with_name(f".{args.json.name}")
-        temporary.write_text(json.dumps(dict(counts), indent=2) + "\n")
-        os.replace(temporary, args.json)
+        write_json(args.json, dict(counts))
     return 0

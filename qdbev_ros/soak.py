@@ -7,14 +7,13 @@ Example: python -m qdbev_ros.soak --minutes 60 --bag demo/town.mcap --model demo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from qdbev_ros.bringup import describe
 from qdbev_ros.core.errors import ConfigError, QdbevError
+from qdbev_ros.core.files import whole_file, write_json, write_text
 from qdbev_ros.core.signals import on_stop
 from qdbev_ros.core.soak_figures import Sample, around_engine_ms, figures, missed_limits, table
 from qdbev_ros.engine.cache import cpu_name
@@ -236,25 +236,19 @@ def _about(args: argparse.Namespace, status: dict[str, str]) -> dict[str, Any]:
 def _write(out: Path, result: dict[str, Any], samples: list[Sample]) -> None:
     """All files, each at once or not at all."""
     _write_rows(out, samples)
-    _replace(out / "soak.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(out / "soak.json", result)
     try:
         from qdbev_ros.soak_plot import draw
     except ImportError:
         print("soak.png is left out: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
         return
-    _replace(out / "soak.png", lambda path: draw(result, samples, path))
+    with whole_file(out / "soak.png") as temporary:
+        draw(result, samples, temporary)
 
 
 def _write_rows(out: Path, samples: list[Sample]) -> None:
     rows = "\n".join([Sample.header(), *(sample.row() for sample in samples)]) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    _replace(out / "soak.csv", lambda path: path.write_text(rows))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
+    write_text(out / "soak.csv", rows)
 
 
 if __name__ == "__main__":

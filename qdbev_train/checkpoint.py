@@ -8,9 +8,7 @@ what they are: `variant` (the whole description), `quantisation` (the grid, abse
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,34 +18,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.files import whole_file
 from qdbev_ros.core.variant import Variant
 
 FORMAT = "qdbev-checkpoint-1"
 RELEASED_SUFFIXES = (".pth", ".pt", ".ckpt")  # what `qdbev import-bevformer` reads
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes `path` at the end; DataError where nothing can be written."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(f"{path}: cannot be written: {reason}") from error
-    finally:
-        with suppress(OSError):  # where the folder is none, for example
-            temporary.unlink()
-
-
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], texts: dict[str, str]) -> None:
     """Writes tensors whole or not at all; the same tensors and texts give the same bytes."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(temporary), texts
-        )
+        try:
+            save_file(plain, str(temporary), texts)
+        except SafetensorError as error:
+            raise DataError(f"{path}: cannot be written: {error}") from error
         _sort_metadata(temporary)
 
 

@@ -20,6 +20,7 @@ from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CompressedImage
 
 from qdbev_ros.bringup import DETECTOR
+from qdbev_ros.core.files import whole_file
 from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.domain import free_domain
 from qdbev_ros.ros.messages import stamp_to_ns
@@ -78,9 +79,8 @@ def main(words: list[str]) -> int:
     if picture is None:
         print("overlay_picture: no picture came, see above", file=sys.stderr)
         return 1
-    temporary = args.out.with_name(f".{args.out.name}")
-    temporary.write_bytes(picture)
-    os.replace(temporary, args.out)
+    with whole_file(args.out) as temporary:
+        temporary.write_bytes(picture)
     print(args.out)
     return 0
 

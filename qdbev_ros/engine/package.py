@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qdbev_ros.core.errors import ConfigError, PackageError
+from qdbev_ros.core.files import whole_file
 from qdbev_ros.core.variant import CAMERAS, Variant
 
 FORMAT = "qdbev"
@@ -82,24 +81,9 @@ def write_package(
     }
     text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode()
     data = _sealed_zip({MANIFEST: text, MODEL: model})
-    try:
-        _write_whole(Path(path), data)
-    except OSError as error:
-        raise PackageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with whole_file(Path(path)) as temporary:
+        temporary.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _write_whole(target: Path, data: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _sealed_zip(contents: Mapping[str, bytes]) -> bytes:

@@ -9,7 +9,6 @@ frame (x right, y forward, z up) -> vehicle frame (x forward, y left, z up). Eve
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import yaml
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.core.files import write_text
 from qdbev_ros.core.geometry import CameraCalibration, Pose
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.camera_state import Intrinsics
@@ -72,7 +72,7 @@ def calibration_for(preset: TopicPreset, path: str) -> RigCalibration:
 
 
 def write_calibration(path: Path, cameras: Mapping[str, CameraCalibration], model: Pose) -> None:
-    """Writes the calibration of a rig, readable by load_calibration. Raises ConfigError where it cannot."""
+    """Writes the calibration of a rig, readable by load_calibration. Raises DataError where it cannot."""
     content = {
         "model_frame": _pose_numbers(model),
         "cameras": {
@@ -83,13 +83,7 @@ def write_calibration(path: Path, cameras: Mapping[str, CameraCalibration], mode
             for name, camera in cameras.items()
         },
     }
-    temporary = path.with_name(f".{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
 def _intrinsic_numbers(camera: CameraCalibration) -> list[float]:

@@ -7,11 +7,11 @@ Example: python -m qdbev_ros.ros.reference docs/node.md
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from qdbev_ros.core.files import write_text
 from qdbev_ros.ros.parameters import DetectorParameters
 
 TYPES = {str: "string", int: "integer", float: "number", bool: "true/false"}
@@ -48,9 +48,7 @@ def _row(item: dataclasses.Field[Any]) -> str:
 
 def main() -> int:
     path = Path(sys.argv[1])
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(with_table(path.read_text()))
-    os.replace(temporary, path)
+    write_text(path, with_table(path.read_text()))
     return 0
 
 

@@ -8,7 +8,6 @@ Boxes stand in the model frame of their stamp; each camera hangs on the vehicle 
 from __future__ import annotations
 
 import importlib
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from qdbev_ros.core.boxes import Boxes
 from qdbev_ros.core.drawing import COLORS, LAYOUT, TRUTH_COLOR
 from qdbev_ros.core.encodings import raw_picture
 from qdbev_ros.core.errors import ConfigError, DataError
+from qdbev_ros.core.files import whole_file
 from qdbev_ros.core.geometry import Pose
 from qdbev_ros.core.pose_buffer import TransformUnavailable
 from qdbev_ros.core.variant import CAMERAS, CLASSES
@@ -69,11 +69,10 @@ def export(
         raise DataError(
             f"bag {bag.path}: nothing says where the model frame {preset.model_frame!r} is ({error}): {ADVICE}"
         ) from error
-    temporary = out.with_name(f".{out.name}")
     stream = rerun.RecordingStream(APPLICATION, recording_id=bag.path.stem)
     writer = _Writer(rerun, stream, places, preset)
-    _save(stream, temporary)
-    try:
+    with whole_file(out) as temporary:
+        _save(stream, temporary)
         stream.log("world", rerun.ViewCoordinates.RIGHT_HAND_Z_UP, static=True)
         for stamp, boxes in sorted(answers.items()):
             writer.detections(stamp, boxes.select(boxes.scores >= threshold))
@@ -81,9 +80,6 @@ def export(
             writer.truth(stamp, boxes)
         left_out = writer.pictures(bag, calibration)
         stream.disconnect()
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return writer.counts, left_out
 
 

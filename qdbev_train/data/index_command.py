@@ -33,8 +33,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     import time
 
+    from qdbev_ros.core.files import write_json
     from qdbev_train.data.index import Source, open_index, remove_damaged
-    from qdbev_train.evaluation.results import write_json
 
     begin = time.monotonic()
     for path in remove_damaged(Source(args.dataroot, args.version)):

@@ -69,10 +69,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from qdbev_ros.core.files import write_json
     from qdbev_train.data.tables import load_scenes
     from qdbev_train.evaluation.inference import open_engine
     from qdbev_train.evaluation.metrics import official_score, require_devkit
-    from qdbev_train.evaluation.results import write_json
 
     require_devkit(args.version, args.split)
     scenes = load_scenes(args.dataroot, args.version, args.split, args.scene)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qdbev_ros.core.errors import DataError
-from qdbev_train.evaluation.results import Entry, write_text
+from qdbev_ros.core.files import write_text
+from qdbev_train.evaluation.results import Entry
 
 
 class FinishedScenes:

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 
 from qdbev_ros.core.boxes import Boxes, attribute_name
 from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.geometry import Pose, yaw_quaternion
 from qdbev_ros.core.variant import CLASSES
 
@@ -66,24 +65,6 @@ def result_entries(
     return entries
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, with the folders above it; DataError where it cannot be written."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):  # where the folder is none, for example
-            temporary.unlink()
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON whole or not at all."""
-    write_text(path, json.dumps(data, indent=2 if len(str(data)) < 100_000 else None) + "\n")
-
-
 def write_results(path: Path, results: Mapping[str, list[Entry]]) -> None:
     """A nuScenes result file: sample token -> entries; every sample of the split must be in it."""
     meta = {
@@ -93,7 +74,7 @@ def write_results(path: Path, results: Mapping[str, list[Entry]]) -> None:
         "use_map": False,
         "use_external": True,
     }
-    write_json(path, {"meta": meta, "results": dict(results)})
+    write_json(path, {"meta": meta, "results": dict(results)}, indent=None)
 
 
 def read_results(path: Path, tokens: Sequence[str], split: str) -> tuple[dict[str, list[Entry]], int]:

@@ -55,9 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score_file(args: argparse.Namespace, scenes: Scenes) -> int:
+    from qdbev_ros.core.files import write_json
     from qdbev_train.data.tables import all_frames
     from qdbev_train.evaluation.metrics import official_score
-    from qdbev_train.evaluation.results import read_results, write_json
+    from qdbev_train.evaluation.results import read_results
 
     tokens = [frame.sample_token for frame in all_frames(scenes)]
     results, others = read_results(args.bag, tokens, args.split)
@@ -73,9 +74,9 @@ def _score_file(args: argparse.Namespace, scenes: Scenes) -> int:
 
 
 def _score_bag(args: argparse.Namespace, scenes: Scenes) -> int:
+    from qdbev_ros.core.files import write_json
     from qdbev_train.evaluation.metrics import official_score
     from qdbev_train.evaluation.recording import match, read_answers
-    from qdbev_train.evaluation.results import write_json
 
     topic, answers = read_answers(args.bag)
     matched = match(answers, scenes)

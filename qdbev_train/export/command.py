@@ -76,8 +76,8 @@ def _read_scores(path: Path) -> dict[str, Any]:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
+    from qdbev_ros.core.files import write_json
     from qdbev_ros.engine.package import read_package
-    from qdbev_train.evaluation.results import write_json
     from qdbev_train.export.inspection import as_text, summarise
 
     summary = summarise(read_package(args.package))

@@ -133,7 +133,7 @@ def _table(verdicts: dict[str, Verdict | None], reasons: dict[str, str]) -> str:
 def _write(
     path: Path, package: Package, verdicts: dict[str, Verdict | None], reasons: dict[str, str]
 ) -> None:
-    from qdbev_train.evaluation.results import write_json
+    from qdbev_ros.core.files import write_json
 
     engines: dict[str, Any] = {
         name: {"reason": reasons[name]}

@@ -48,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_import(args: argparse.Namespace) -> int:
-    from qdbev_train.evaluation.results import write_json
+    from qdbev_ros.core.files import write_json
     from qdbev_train.released.conversion import import_released
 
     report = import_released(args.checkpoint, args.out, args.variant, args.verbose)
@@ -59,7 +59,7 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from qdbev_train.evaluation.results import write_json
+    from qdbev_ros.core.files import write_json
     from qdbev_train.released.conversion import export_released
 
     report = export_released(args.checkpoint, args.out)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from qdbev_ros.core.errors import ConfigError, DataError
+from qdbev_ros.core.files import whole_file
 from qdbev_ros.core.variant import Variant
-from qdbev_train.checkpoint import read_tensors, whole_file, write_model, write_safetensors
+from qdbev_train.checkpoint import read_tensors, write_model, write_safetensors
 from qdbev_train.model.checkpoint import CheckpointError, find_misfit, grouped
 from qdbev_train.released.detection import expected_state, fitting_variant
 from qdbev_train.released.reading import ReleasedFile, file_identity, read_released

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qdbev_train.checkpoint import read_tensors, whole_file
+from qdbev_ros.core.files import whole_file
+from qdbev_train.checkpoint import read_tensors
 from qdbev_train.distillation import METHODS as DISTILLED
 from qdbev_train.study.config import FLOAT, Job, StudyConfig
 from qdbev_train.training.plot_command import read_scalar

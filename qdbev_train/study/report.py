@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qdbev_train.checkpoint import whole_file
+from qdbev_ros.core.files import write_json, write_text
 from qdbev_train.study.config import TABLES, StudyConfig
 from qdbev_train.study.plots import draw_curves, draw_sizes
 from qdbev_train.study.run import Study
@@ -36,10 +35,8 @@ def write_report(config: StudyConfig) -> list[Path]:
         "rows": rows,
     }
     written = [docs / "study.json", docs / "tables.md", docs / "size.png", docs / "curves.png"]
-    with whole_file(written[0]) as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n")
-    with whole_file(written[1]) as temporary:
-        temporary.write_text(tables(config, rows))
+    write_json(written[0], data, indent=1)
+    write_text(written[1], tables(config, rows))
     draw_sizes(rows, written[2])
     draw_curves(config, written[3])
     return written

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.variant import CAMERAS, Variant
-from qdbev_train.checkpoint import load_model, whole_file
+from qdbev_train.checkpoint import load_model
 from qdbev_train.data.frames import Frame
 from qdbev_train.data.tables import load_scenes
 from qdbev_train.evaluation.finished import FinishedScenes
@@ -145,8 +146,7 @@ def _run(study: Study, job: Job) -> None:
         "size_bytes": package_bytes(model, quantisation, variant),
         "bops": bit_operations(model, quantisation, study.products),
     }
-    with whole_file(folder / ROW) as temporary:
-        temporary.write_text(json.dumps({"settings": settings, "row": row}, indent=1) + "\n")
+    write_json(folder / ROW, {"settings": settings, "row": row})
     print(f"  NDS {score.nds:.4f}, mAP {score.mAP:.4f}", flush=True)
 
 

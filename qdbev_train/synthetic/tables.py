@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qdbev_ros.core.files import write_text
 from qdbev_train.synthetic.catalogue import CATEGORY
 from qdbev_train.synthetic.layout import KEYFRAME, Town, TownObject
 from qdbev_train.synthetic.plan import ScenePlan
@@ -58,10 +58,7 @@ def token(*parts: object) -> str:
 
 def write_json(path: Path, content: object) -> None:
     """Writes a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, separators=(",", ":")))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, separators=(",", ":")))
 
 
 def first_stamp(scene: str) -> int:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 
 from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.files import whole_file
 from qdbev_train.synthetic import tables
 from qdbev_train.synthetic.layout import KEYFRAME, scene_rng
 from qdbev_train.synthetic.occlusion import Occlusion, surface_points, visibility_token
@@ -135,10 +135,8 @@ def observe(
 
 def write_image(path: Path, image: Any, options: list[int]) -> None:
     """Writes an image whole or not at all; the suffix decides the format. Raises DataError when it cannot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     done, data = cv2.imencode(path.suffix, image, options)
     if not done:
         raise DataError(f"{path}: OpenCV cannot write this image")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data.tobytes())
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data.tobytes())

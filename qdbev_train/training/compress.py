@@ -21,12 +21,12 @@ import torch
 from tqdm import tqdm
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.core.files import write_json
 from qdbev_ros.core.variant import Variant
 from qdbev_train.checkpoint import load_model, read_tensors, save_model
 from qdbev_train.data.dataset import Batch, StreamDataset
 from qdbev_train.data.tables import load_scenes
 from qdbev_train.distillation import Distillation, Teacher
-from qdbev_train.evaluation.results import write_json
 from qdbev_train.model import BEVFormer
 from qdbev_train.quantization import QuantConfig, post_training_quantise, quantise_model
 from qdbev_train.training.command import official_scores, training_data

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from qdbev_train.checkpoint import whole_file
+    from qdbev_ros.core.files import whole_file
 
     curves = {folder: read_scalar(folder, args.scalar) for folder in args.run_folder}
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")

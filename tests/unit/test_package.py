@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qdbev_ros.core.errors import PackageError
+from qdbev_ros.core.errors import DataError, PackageError
 from qdbev_ros.engine.package import MANIFEST, MODEL, SEAL, read_package, write_package
 from tests.small_master import small_master, small_variant, write_small_package
 
@@ -149,7 +149,7 @@ def test_a_package_that_cannot_be_written_is_refused_by_its_path(tmp_path: Path)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.qdbev").mkdir()
     for target in (tmp_path / "file" / "out.qdbev", tmp_path / "folder.qdbev"):
-        with pytest.raises(PackageError, match=rf"{target.name}: cannot be written: "):
+        with pytest.raises(DataError, match=rf"{target.name}: cannot be written: "):
             write_package(target, small_variant(), b"new", {}, {}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.qdbev"]
 

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files are written whole or not at all."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.files import whole_file, write_json, write_text
+
+
+def test_a_file_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plot.png"
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert not path.exists()
+        assert temporary.suffix == ".png"  # writers choose the format by it
+    assert path.read_bytes() == b"half"
+    assert os.listdir(path.parent) == ["plot.png"]
+
+
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    write_text(path, "old")
+    with suppress(ZeroDivisionError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["scores.json"]
+
+
+@pytest.mark.parametrize("place", ["file/scores.json", "folder"])
+def test_what_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    with pytest.raises(DataError, match=f"{place}: cannot be written: "):
+        write_text(tmp_path / place, "text")
+
+
+def test_json_is_readable_or_one_line(tmp_path: Path) -> None:
+    content = {"nds": 0.5, "errors": [1, 2]}
+    write_json(tmp_path / "pretty.json", content)
+    write_json(tmp_path / "short.json", content, indent=None)
+    pretty, short = (tmp_path / "pretty.json").read_text(), (tmp_path / "short.json").read_text()
+    assert json.loads(pretty) == json.loads(short) == content
+    assert pretty.count("\n") > 3
+    assert short.count("\n") == 1
