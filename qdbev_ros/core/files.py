@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,12 +18,15 @@ from qdbev_ros.core.errors import DataError
 def whole_file(path: Path) -> Iterator[Path]:
     """A name with the same suffix to write to, which becomes `path` at the end; folders above it are made.
 
-    After an exception `path` is as it was. Raises DataError where nothing can be written.
+    After an exception `path` is as it was, after a power cut the old or the new one. Of several writers, threads or
+    processes, the last one wins. Raises DataError where nothing can be written.
     """
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -22,6 +22,18 @@ def test_a_file_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["plot.png"]
 
 
+def test_of_two_writers_the_last_one_wins_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    with whole_file(path) as first:
+        first.write_bytes(b"AAA")
+        with whole_file(path) as second:
+            second.write_bytes(b"BBB")
+            first.write_bytes(b"AAAAAA")
+        assert path.read_bytes() == b"BBB"
+    assert path.read_bytes() == b"AAAAAA"
+    assert os.listdir(tmp_path) == ["model.bin"]
+
+
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     write_text(path, "old")
