@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,31 @@ from qdbev_ros.core.errors import DataError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name with the same suffix to write to, which becomes `path` at the end; folders above it are made.
+    """A name to write to, which becomes `path` at the end; folders above it are made, a link's target is replaced.
 
     After an exception `path` is as it was, after a power cut the old or the new one. Of several writers, threads or
-    processes, the last one wins. Raises DataError where nothing can be written.
+    processes, the last one wins. What is there and no file (/dev/stdout, a pipe) is written to as it stands. Raises
+    DataError where nothing can be written.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Nobody who looks for files of the target's kind finds this one.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # renamed, never made, or its folder is none
-            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -202,7 +202,7 @@ def test_files_that_are_not_there_or_cannot_be_written_get_one_line(
     for out in (source / "a.pth", Path("/proc/a.pth")):
         assert f"{out}: cannot be written: " in refusal(capsys, "export-bevformer", ours, out)
     assert "ends in .pth" in refusal(capsys, "export-bevformer", ours, tmp_path / "a.onnx")
-    assert not list(tmp_path.glob("*.part"))
+    assert not [path for path in tmp_path.iterdir() if ".part" in path.name]
 
 
 def test_weights_that_are_not_finite_are_named(

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def test_a_file_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
     with whole_file(path) as temporary:
         temporary.write_bytes(b"half")
         assert not path.exists()
-        assert temporary.suffix == ".png"  # writers choose the format by it
+        assert not list(path.parent.glob("*.png"))
     assert path.read_bytes() == b"half"
     assert os.listdir(path.parent) == ["plot.png"]
 
@@ -44,12 +45,34 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["scores.json"]
 
 
-@pytest.mark.parametrize("place", ["file/scores.json", "folder"])
-def test_what_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "scores.json").write_text("old")
+    (tmp_path / "scores.json").symlink_to(tmp_path / "disk" / "scores.json")
+    write_text(tmp_path / "scores.json", "new")
+    assert (tmp_path / "scores.json").is_symlink()
+    assert (tmp_path / "disk" / "scores.json").read_text() == "new"
+    assert os.listdir(tmp_path / "disk") == ["scores.json"]
+
+
+def test_a_pipe_is_written_to_as_it_stands(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_json(tmp_path / "pipe", {"nds": 0.5}, indent=None)
+        assert os.read(reader, 100) == b'{"nds": 0.5}\n'
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("place", ["file/scores.json", "folder", "."])
+def test_what_cannot_be_written_is_named(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "folder" / "full").mkdir(parents=True)
-    with pytest.raises(DataError, match=f"{place}: cannot be written: "):
-        write_text(tmp_path / place, "text")
+    with pytest.raises(DataError, match=f"^{re.escape(place)}: cannot be written: "):
+        write_text(Path(place), "text")
 
 
 def test_json_is_readable_or_one_line(tmp_path: Path) -> None:
