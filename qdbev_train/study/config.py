@@ -14,7 +14,7 @@ from qdbev_train.training.compression import CompressConfig, compression
 from qdbev_train.training.config import read_yaml
 
 FLOAT = "float"
-TABLES = ("methods", "longer", "parts", "bits", "beyond")
+TABLES = ("methods", "parts", "bits", "beyond")
 
 
 @dataclass(frozen=True)

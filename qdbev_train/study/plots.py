@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from qdbev_train.study.config import Job, StudyConfig
 from qdbev_train.training.plot_command import read_scalar
 from qdbev_train.training.stages import FINAL
 
+CURVES = ("qat", "progressive", "vgd", "float_control")  # those of the paper's figures, and the control
 SMOOTHED = 0.04  # of a curve's length
 
 
@@ -55,14 +56,14 @@ def draw_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_curves(config: StudyConfig, names: Collection[str], path: Path) -> None:
-    """The detection loss of some trained rows' first seeds; dashed lines where another part goes on the grid."""
+def draw_curves(config: StudyConfig, path: Path) -> None:
+    """The detection loss of the trained rows' first seeds; dashed lines where another part goes on the grid."""
     figure, axes = _axes(9, 5)
     marks: dict[int, str] = {}
     for row in config.rows:
         job = Job(row, row.seeds[0])
         folder = config.folder(job)
-        if row.name not in names or not (folder / "model.safetensors").is_file():
+        if row.name not in CURVES or not (folder / "model.safetensors").is_file():
             continue
         stages = _stages(folder)
         steps, values = _curve(config, job, stages)

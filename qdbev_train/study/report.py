@@ -14,10 +14,8 @@ from qdbev_train.study.plots import draw_curves, draw_sizes
 from qdbev_train.study.run import Study
 
 ERRORS = ("mATE", "mASE", "mAOE", "mAVE", "mAAE")
-CURVES = ("qat", "progressive", "vgd", "float_control")  # those of the paper's figures, and the control
 TITLES = {
     "methods": "Methods, W4A6",
-    "longer": "Three times as long: 600 steps",
     "parts": "Calibration alone, one part at a time",
     "bits": "Calibration alone, by bit width",
     "beyond": "Beyond the paper",
@@ -39,10 +37,7 @@ def write_report(config: StudyConfig) -> list[Path]:
     write_json(written[0], data, indent=1)
     write_text(written[1], tables(config, rows))
     draw_sizes(rows, written[2])
-    draw_curves(config, CURVES, written[3])
-    if any(row["table"] == "longer" for row in rows):
-        written.append(docs / "curves_long.png")
-        draw_curves(config, [f"{name}_long" for name in CURVES], written[4])
+    draw_curves(config, written[3])
     return written
 
 
