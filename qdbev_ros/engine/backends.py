@@ -3,24 +3,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qdbev_ros.core.errors import EngineError, install_hint
 from qdbev_ros.engine.cache import EngineKey, cpu_name
 from qdbev_ros.engine.package import Package
 from qdbev_ros.engine.runner import Runner
 
-LOG = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Opened:
-    """A runner, what its verdict is kept under, and why this one, for the description."""
+    """A runner, what its verdict is kept under, and why this one, for the description.
+
+    artefact: SHA-256 of what was compiled for it, which no key tells: the verdict is that of these bytes
+    """
 
     runner: Runner
     key: EngineKey
+    artefact: str = ""
     why: str = ""
 
 
@@ -47,8 +48,7 @@ def open_runner(package: Package, backend: str, threads: int | None) -> Opened:
     else:
         opened = _onnxruntime(package, threads)
         why = f", because TensorRT is out: {reason}"
-    LOG.info("engine: %s%s", opened.runner.description, why)
-    return Opened(opened.runner, opened.key, why)
+    return replace(opened, why=why)
 
 
 def _onnxruntime(package: Package, threads: int | None) -> Opened:
@@ -61,7 +61,8 @@ def _onnxruntime(package: Package, threads: int | None) -> Opened:
         raise EngineError(f"the onnxruntime engine cannot run here: {install_hint(error)}") from error
     runner = OnnxRuntimeRunner(with_stage_outputs(package.model), threads)
     # The description tells whether the deformable kernel could be built.
-    return Opened(runner, _cpu_key(package, "onnxruntime", onnxruntime.__version__, runner.description))
+    key = _cpu_key(package, "onnxruntime", onnxruntime.__version__, runner.description)
+    return Opened(runner, key, runner.artefact)
 
 
 def _openvino(package: Package, threads: int | None) -> Opened:
@@ -86,8 +87,7 @@ def _tensorrt(package: Package, threads: int | None) -> Opened:
         raise EngineError(f"the tensorrt engine cannot run here: {reason}")
     from qdbev_ros.engine.tensorrt_engine import open_tensorrt
 
-    runner, key = open_tensorrt(package, Cuda())
-    return Opened(runner, key)
+    return open_tensorrt(package, Cuda())
 
 
 def _cpu_key(package: Package, backend: str, version: str, settings: str) -> EngineKey:

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
-import tempfile
+import shutil
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.files import whole_file
+
+LOG = logging.getLogger(__name__)
+PLAN, SEAL = "engine.plan", "engine.json"  # a compiled engine and its SHA-256
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,30 @@ def code_digest() -> str:
 
 
 def cache_folder() -> Path | None:
-    """The folder of all engines; None where there is none that this user alone can write to."""
+    """The folder of all engines; None, with the reason in the log, where this user alone cannot write to one."""
+    own, base = os.environ.get("QDBEV_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        own = os.environ.get("QDBEV_CACHE")
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = Path(own) if own else base / "qdbev" / "engines"
+        folder = Path(own) if own else Path(base).expanduser() / "qdbev" / "engines"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        _warn_unused(str(error))
         return None
-    private = state.st_uid == os.getuid() and not state.st_mode & 0o022
-    return folder if private and os.access(folder, os.W_OK) else None
+    if state.st_uid != os.getuid():
+        _warn_unused(f"{folder} belongs to another user (number {state.st_uid})")
+    elif state.st_mode & 0o022:
+        _warn_unused(f"others can write to {folder} (chmod go-w {folder})")
+    elif not os.access(folder, os.W_OK):
+        _warn_unused(f"{folder} cannot be written to")
+    else:
+        return folder
+    return None
+
+
+@cache
+def _warn_unused(reason: str) -> None:
+    """Once for each reason."""
+    LOG.warning("engines are built and checked anew at every start, because %s", reason)
 
 
 def engine_folder(key: EngineKey) -> Path | None:
@@ -71,23 +91,37 @@ def engine_folder(key: EngineKey) -> Path | None:
     folder = root / f"{key.backend}-{key.digest}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        if not (folder / "key.json").exists():
-            write_atomically(folder / "key.json", json.dumps(asdict(key), indent=1).encode())
-    except OSError:
+    except OSError as error:
+        _warn_unused(str(error))
         return None
+    if not (folder / "key.json").exists():
+        keep(folder / "key.json", json.dumps(asdict(key), indent=1).encode())
     return folder
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, also with two processes at once."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+def timing_file(folder: Path, key: EngineKey) -> Path:
+    """How long TensorRT's kernels took on this device, for all engines on it."""
+    words = (key.version, key.device, "timing.cache")
+    return folder.parent / "-".join("".join(c if c.isalnum() or c == "." else "_" for c in w) for w in words)
+
+
+def discard(key: EngineKey) -> str:
+    """Deletes a compiled engine that is no good and the timings that it was built by; words for the message on it."""
+    folder = engine_folder(key)
+    if folder is None or not (folder / PLAN).exists():
+        return ""
+    shutil.rmtree(folder, ignore_errors=True)
+    timing_file(folder, key).unlink(missing_ok=True)
+    return f" ({folder} is deleted, the next start builds the engine again)"
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Writes a file whole, or says why not: what cannot be kept is made again."""
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        with whole_file(path) as temporary:
+            temporary.write_bytes(content)
+    except DataError as error:
+        LOG.warning("%s; it will be made again at the next start", error)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -132,6 +132,6 @@ def load_package(path: str | Path, backend: str = "auto", threads: int | None = 
     package = read_package(path)
     opened = open_runner(package, backend, threads)
     engine = Engine(package, opened.runner)
-    verdict = ensure_parity(package, engine, opened.key, threads)
+    verdict = ensure_parity(package, engine, opened.key, opened.artefact, threads)
     engine.description = f"{opened.runner.description}{opened.why}; {verdict.summary()}"
     return engine

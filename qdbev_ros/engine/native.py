@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from secrets import token_hex
 
 from qdbev_ros.engine.cache import cache_folder, cpu_name
 
@@ -39,10 +40,16 @@ class _Shape(ctypes.Structure):
 
 
 class DeformableKernel:
-    """Samples on raw float32 buffers, on `threads` threads. Close it when done."""
+    """Samples on raw float32 buffers, on `threads` threads.
+
+    artefact: SHA-256 of the compiled file; of one that could not be kept something that never comes again
+    """
 
     def __init__(self, threads: int | None = None) -> None:
-        self._function = _load().qdbev_deformable
+        library = _load()
+        file = Path(library._name)
+        self.artefact = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else token_hex()
+        self._function = library.qdbev_deformable
         self._function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 2
         self._function.restype = None
         self.threads = threads or len(os.sched_getaffinity(0))

@@ -36,7 +36,8 @@ _LOG_ERRORS = 3
 class OnnxRuntimeRunner:
     """Sessions over the lowered graph: named arrays in, named arrays out. Not for several threads at once.
 
-    picture_grid: what the codes of the pictures stand for where `images` may be given as codes, (1, 6, 3, H, W) uint8
+    picture_grid: what the codes of the pictures stand for where `images` may be given as codes, (1, 6, 3, H, W) uint8 ·
+    artefact: what tells the compiled kernel from another one, empty without one
     """
 
     picture_grid: PictureGrid | None = None
@@ -50,6 +51,7 @@ class OnnxRuntimeRunner:
         self._front: _Part | None = None
         self._codes = ""
         kernel, sampling = _kernel(threads)
+        self.artefact = "" if kernel is None else kernel.artefact
         if kernel is None:
             lowered = inline_samplings(lowered)
         codes = picture_codes(lowered)

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import onnx
 from numpy.typing import NDArray
 
 from qdbev_ros.core.errors import EngineError
-from qdbev_ros.engine.cache import EngineKey, engine_folder, read_json, write_atomically
+from qdbev_ros.engine.cache import EngineKey, discard, engine_folder, keep, read_json
 from qdbev_ros.engine.master import FEATURES, parse_master
 from qdbev_ros.engine.package import Package
 from qdbev_ros.engine.parity_frames import gate_frames
@@ -114,25 +115,38 @@ class Verdict:
         return cls(tuple(StageResult(**result) for result in content["results"]))
 
 
-def ensure_parity(package: Package, engine: Engine, key: EngineKey, threads: int | None) -> Verdict:
-    """The verdict of an earlier start, or a new one. Raises EngineError, naming stage and figures, unless it passed."""
+def ensure_parity(
+    package: Package, engine: Engine, key: EngineKey, artefact: str, threads: int | None
+) -> Verdict:
+    """The verdict of an earlier start, or a new one. Raises EngineError, naming stage and figures, unless it passed.
+
+    artefact: SHA-256 of what was compiled; a verdict on other bytes under the same key is none
+    """
     folder = engine_folder(key)
-    kept = None if folder is None else read_json(folder / VERDICT)
+    kept = None if folder is None else _kept_pass(folder / VERDICT, artefact)
     if kept is not None:
-        try:
-            verdict = Verdict.from_dict(kept)
-        except (KeyError, TypeError, ValueError):
-            pass  # damaged: as good as not being there
-        else:
-            if verdict.passed:
-                return verdict
-    LOG.info("checking %s against plain ONNX Runtime; this is done once", engine.runner.description)
+        return kept
+    description = engine.runner.description
+    LOG.info("checking %s against plain ONNX Runtime, which takes seconds to minutes", description)
     reference = reference_outputs(package.model, package, threads)
     verdict = settle(judge(package, engine, reference), package, reference, threads)
-    if folder is not None and verdict.passed:
-        write_atomically(folder / VERDICT, json.dumps(verdict.to_dict(), indent=1).encode())
-    demand(verdict, engine.runner.description)
+    if not verdict.passed:
+        description += discard(key)
+    elif folder is not None:
+        content = {"artefact": artefact, **verdict.to_dict()}
+        keep(folder / VERDICT, json.dumps(content, indent=1).encode())
+    demand(verdict, description)
     return verdict
+
+
+def _kept_pass(path: Path, artefact: str) -> Verdict | None:
+    """The kept verdict, if these bytes passed; damaged is as good as not being there."""
+    content = read_json(path) or {}
+    try:
+        verdict = Verdict.from_dict(content)
+        return verdict if content["artefact"] == artefact and verdict.passed else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def settle(verdict: Verdict, package: Package, reference: Sequence[Outputs], threads: int | None) -> Verdict:

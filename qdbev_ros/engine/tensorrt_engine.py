@@ -4,27 +4,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdbev_ros.core.errors import EngineError
-from qdbev_ros.engine.cache import EngineKey, engine_folder, read_json, write_atomically
+from qdbev_ros.engine.backends import Opened
+from qdbev_ros.engine.cache import PLAN, SEAL, EngineKey, discard, engine_folder, keep, read_json, timing_file
 from qdbev_ros.engine.package import Package
 from qdbev_ros.engine.stage_outputs import with_stage_outputs
 from qdbev_ros.engine.tensorrt_build import TableShapes, build_engine, device_graph, import_tensorrt, product
 
 if TYPE_CHECKING:
     from qdbev_ros.engine.cuda import Cuda
-    from qdbev_ros.engine.runner import Runner
 
 LOG = logging.getLogger(__name__)
-ENGINE, SEAL, TIMING = "engine.plan", "engine.json", "timing.cache"
 
 
-def open_tensorrt(package: Package, cuda: Cuda) -> tuple[Runner, EngineKey]:
-    """The package's engine for this GPU and the key that it is kept under."""
+def open_tensorrt(package: Package, cuda: Cuda) -> Opened:
+    """The package's engine for this GPU. Raises EngineError where it cannot be built or loaded."""
     from qdbev_ros.engine.tensorrt_runner import TensorRtRunner
 
     trt = import_tensorrt()
@@ -33,8 +33,10 @@ def open_tensorrt(package: Package, cuda: Cuda) -> tuple[Runner, EngineKey]:
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise EngineError(f"{product(trt)} cannot load the engine that it built for {cuda.name}")
-    return TensorRtRunner(trt, runtime, engine, cuda, package.variant), key
+        raise EngineError(
+            f"{product(trt)} cannot load the engine that it built for {cuda.name}{discard(key)}"
+        )
+    return Opened(TensorRtRunner(trt, runtime, engine, cuda, package.variant), key, _sha256(plan))
 
 
 def tensorrt_key(package: Package, trt: ModuleType, device: str) -> EngineKey:
@@ -48,36 +50,31 @@ def compiled(package: Package, trt: ModuleType, key: EngineKey, target: str | No
     kept = None if folder is None else _kept(folder)
     if kept is not None:
         return kept
-    timing_file = None if folder is None else folder.parent / f"{_plain(key.version, key.device)}-{TIMING}"
-    timing = timing_file.read_bytes() if timing_file is not None and timing_file.is_file() else b""
-    LOG.info("building the engine of %s for %s; this is done once", package.path.name, key.device)
+    timing = b"" if folder is None else _read(timing_file(folder, key)) or b""
+    LOG.info("building the engine of %s for %s, which takes minutes", package.path.name, key.device)
     model = device_graph(with_stage_outputs(package.model))
     plan, timing = build_engine(trt, model, TableShapes.of(package.variant), timing, target)
     if folder is not None:
-        write_atomically(folder / ENGINE, plan)
-        seal: dict[str, Any] = {"sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan)}
-        write_atomically(folder / SEAL, _json(seal))
-        if timing_file is not None and timing:
-            write_atomically(timing_file, timing)
+        keep(folder / PLAN, plan)
+        keep(folder / SEAL, json.dumps({"sha256": _sha256(plan), "bytes": len(plan)}, indent=1).encode())
+        if timing:
+            keep(timing_file(folder, key), timing)
     return plan
 
 
 def _kept(folder: Path) -> bytes | None:
     """The kept engine if it is the one that was written."""
-    seal = read_json(folder / SEAL)
-    try:
-        plan = (folder / ENGINE).read_bytes()
-    except OSError:
-        return None
-    whole = seal is not None and seal.get("sha256") == hashlib.sha256(plan).hexdigest()
+    plan, seal = _read(folder / PLAN), read_json(folder / SEAL)
+    whole = plan is not None and seal is not None and seal.get("sha256") == _sha256(plan)
     return plan if whole else None
 
 
-def _plain(*words: str) -> str:
-    return "-".join("".join(c if c.isalnum() else "_" for c in word) for word in words)
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    import json
-
-    return json.dumps(content, indent=1).encode()
+def _sha256(plan: bytes) -> str:
+    return hashlib.sha256(plan).hexdigest()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdbev_ros.engine import cache
-from qdbev_ros.engine.cache import EngineKey, cache_folder, engine_folder, read_json, write_atomically
+from qdbev_ros.engine.cache import EngineKey, cache_folder, engine_folder, read_json
 
 KEY = EngineKey("ab" * 32, "tensorrt", "TensorRT 10.13.3", "Orin SM87")
 WORDS = st.text(max_size=20)
@@ -53,36 +53,37 @@ def test_without_an_own_folder_xdg_decides(tmp_path: Path, monkeypatch: pytest.M
     assert cache_folder() == tmp_path / "qdbev" / "engines"
 
 
-def test_a_folder_that_others_can_write_to_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_a_folder_that_others_can_write_to_is_not_used_and_that_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: int
 ) -> None:
-    tmp_path.chmod(0o777)
+    tmp_path.chmod(mode)
     monkeypatch.setenv("QDBEV_CACHE", str(tmp_path))
     assert cache_folder() is None
     assert engine_folder(KEY) is None
+    (told,) = caplog.messages
+    assert told.endswith(f"because others can write to {tmp_path} (chmod go-w {tmp_path})")
 
 
-def test_a_folder_that_cannot_be_made_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_another_user_is_not_used_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QDBEV_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache.os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    assert cache_folder() is None
+    assert f"because {tmp_path} belongs to another user" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_none_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QDBEV_CACHE", str(tmp_path / "file" / "cache"))
     assert cache_folder() is None
+    assert "file/cache'" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
 def test_damaged_json_is_as_good_as_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json").write_bytes(content)
     assert read_json(tmp_path / "x.json") is None
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "engine"
-    write_atomically(path, b"whole")
-
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(cache.os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"half")
-    assert path.read_bytes() == b"whole"
-    assert [p.name for p in tmp_path.iterdir()] == ["engine"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -143,13 +144,23 @@ def test_the_verdict_is_kept_and_found_again(package: Package, monkeypatch: pyte
     assert load_package(package.path, backend="onnxruntime", threads=1).description == first
 
 
-@pytest.mark.parametrize("content", [b"{", b"{}", b'{"results": []}', b'{"results": [{"stage": "BEV"}]}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: "{",
+        lambda whole: "{}",
+        lambda whole: json.dumps(whole | {"results": []}),
+        lambda whole: json.dumps(whole | {"results": [{"stage": "BEV"}]}),
+        lambda whole: json.dumps(whole | {"results": [whole["results"][0] | {"spread": None}]}),
+        lambda whole: json.dumps({"results": whole["results"]}),
+    ],
+)
 def test_a_damaged_verdict_is_worth_nothing(
-    package: Package, own_cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+    package: Package, own_cache: Path, damage: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_package(package.path, backend="onnxruntime", threads=1)
     (kept,) = own_cache.glob("*/parity.json")
-    kept.write_bytes(content)
+    kept.write_text(damage(json.loads(kept.read_bytes())))
     judged = []
     real = parity.judge
     monkeypatch.setattr(parity, "judge", lambda *a: judged.append(1) or real(*a))
