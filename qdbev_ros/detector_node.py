@@ -55,7 +55,7 @@ class DetectorNode(LifecycleNode):
         try:
             self._configure()
         except QdbevError as error:
-            self.problem = error
+            self.problem = error.with_traceback(None)  # which would keep a refused engine's memory
         except Exception as error:  # an engine's own
             self.get_logger().error(traceback.format_exc())
             self.problem = EngineError(f"{self.parameters.model}: {type(error).__name__}: {error}")

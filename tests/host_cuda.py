@@ -17,31 +17,36 @@ import onnxruntime as ort
 
 
 class HostCuda:
-    """The same calls as engine.cuda.Cuda; `said` lists what was asked for, in order."""
+    """The same calls as engine.cuda.Cuda; `said` lists what was asked for, in order, `held` what was not given back."""
 
     name = "Host SM0"
     stream = 7
 
     def __init__(self) -> None:
         self.said: list[str] = []
-        self._blocks: list[Any] = []
+        self.held: dict[int, Any] = {}  # arrays by address, graphs by id
         self._recording: list[Callable[[], None]] | None = None
 
     def allocate(self, size: int) -> int:
-        self._blocks.append(np.zeros(max(size, 1), np.uint8))
-        return int(self._blocks[-1].ctypes.data)
+        return self._hold(np.zeros(max(size, 1), np.uint8))
 
     def pinned(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
-        return np.zeros(shape, kind)
+        array = np.zeros(shape, kind)
+        self._hold(array)
+        return array
+
+    def _hold(self, array: np.ndarray) -> int:
+        self.held[array.ctypes.data] = array
+        return array.ctypes.data
 
     def free(self, address: int) -> None:
-        self._blocks = [block for block in self._blocks if block.ctypes.data != address]
+        del self.held[address]
 
     def free_pinned(self, array: np.ndarray) -> None:
-        self.said.append("free")
+        del self.held[array.ctypes.data]
 
     def release(self, graph: object) -> None:
-        self.said.append("release")
+        del self.held[id(graph)]
 
     def start(self, what: str, work: Callable[[], None]) -> None:
         if self._recording is not None:
@@ -68,6 +73,7 @@ class HostCuda:
     def end_capture(self) -> list[Callable[[], None]]:
         recorded, self._recording = self._recording, None
         assert recorded is not None
+        self.held[id(recorded)] = recorded
         return recorded
 
     def launch(self, graph: list[Callable[[], None]]) -> None:

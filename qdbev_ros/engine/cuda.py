@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import weakref
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class Cuda:
         properties = self._call("cudaGetDeviceProperties", 0)
         self.name = f"{properties.name.decode()} SM{properties.major}{properties.minor}"
         self.stream: int = int(self._call("cudaStreamCreate"))
+        weakref.finalize(self, runtime.cudaStreamDestroy, self.stream).atexit = False
         kind = runtime.cudaMemcpyKind
         self._up, self._down = kind.cudaMemcpyHostToDevice, kind.cudaMemcpyDeviceToHost
         self._across = kind.cudaMemcpyDeviceToDevice

@@ -64,6 +64,10 @@ class Engine:
         answer = self.runner.run(self.tensors(images, lidar2img, can_bus, prev_bev))
         return InferenceResult(answer["class_logits"], answer["boxes"], answer["bev"])
 
+    def close(self) -> None:
+        """Lets go of the runner, and with it of all memory on the device; there is no answer after this."""
+        del self.runner
+
     def tensors(
         self,
         images: Floats | NDArray[np.uint8],

@@ -7,6 +7,7 @@ a CUDA graph once: launching one graph in place of hundreds of kernels is what s
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -59,7 +60,7 @@ class _Bound:
 
 
 class TensorRtRunner:
-    """One engine on one GPU. `stage_outputs` gives the stage outputs as well, which the parity gate asks for."""
+    """One engine on one GPU; its buffers go with it. `stage_outputs` gives the stage outputs as well."""
 
     turns_memory = True
     picture_grid: PictureGrid | None = None
@@ -77,6 +78,8 @@ class TensorRtRunner:
                 f"the TensorRT engine answers with {self._outputs}, expected {list(OUTPUTS)} among them"
             )
         self._bound: dict[Shapes, _Bound] = {}
+        # What CUDA handed out knows of no Python object. At the end of the process it goes by itself.
+        weakref.finalize(self, _release_all, cuda, self._bound).atexit = False
         self._latest: _Bound | None = None
         self._last_bev: NDArray[np.float32] | None = None
         self.description = f"{product(trt)} on {cuda.name}, int8, memory on the device"
@@ -137,18 +140,10 @@ class TensorRtRunner:
         bound = self._bound.pop(shapes, None)
         if bound is None:
             for old in list(self._bound)[: max(0, len(self._bound) - MOST_SHAPES + 1)]:
-                self._release(self._bound.pop(old))
+                _release(self._cuda, self._bound.pop(old))
             bound = self._make_bound(given)
         self._bound[shapes] = bound  # last in the dictionary: used last
         return bound
-
-    def _release(self, bound: _Bound) -> None:
-        if bound.graph is not None:
-            self._cuda.release(bound.graph)
-        for address in bound.device.values():
-            self._cuda.free(address)
-        for array in bound.host.values():
-            self._cuda.free_pinned(array)
 
     def _make_bound(self, given: dict[str, NDArray[Any]]) -> _Bound:
         bound = _Bound(context=self._engine.create_execution_context())
@@ -157,14 +152,32 @@ class TensorRtRunner:
         for name, array in given.items():
             if not bound.context.set_input_shape(name, array.shape):
                 raise EngineError(f"the TensorRT engine takes no {name!r} of shape {array.shape}")
-        for name in self._names:
-            shape, kind = self._layout(bound, name)
-            bound.device[name] = self._cuda.allocate(int(np.prod(shape)) * kind.itemsize)
-            bound.context.set_tensor_address(name, bound.device[name])
-            if name in given:
-                bound.host[name] = self._cuda.pinned(shape, kind)
+        try:
+            for name in self._names:
+                shape, kind = self._layout(bound, name)
+                bound.device[name] = self._cuda.allocate(int(np.prod(shape)) * kind.itemsize)
+                bound.context.set_tensor_address(name, bound.device[name])
+                if name in given:
+                    bound.host[name] = self._cuda.pinned(shape, kind)
+        except EngineError:  # no memory; each frame tries again, which must not add up
+            _release(self._cuda, bound)
+            raise
         return bound
 
     def _layout(self, bound: _Bound, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         kind = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
         return tuple(bound.context.get_tensor_shape(name)), kind
+
+
+def _release_all(cuda: Cuda, bound: dict[Shapes, _Bound]) -> None:
+    for each in bound.values():
+        _release(cuda, each)
+
+
+def _release(cuda: Cuda, bound: _Bound) -> None:
+    if bound.graph is not None:
+        cuda.release(bound.graph)
+    for address in bound.device.values():
+        cuda.free(address)
+    for array in bound.host.values():
+        cuda.free_pinned(array)

@@ -102,6 +102,7 @@ class Detector:
         self._outputs.close()
         self._overlay.close()
         self._pipeline.close()
+        self.engine.close()
 
     def idle(self) -> bool:
         """Whether no set waits for anything."""

@@ -20,6 +20,7 @@ from qdbev_ros.engine.stage_outputs import with_stage_outputs
 from qdbev_ros.engine.tensorrt_build import device_graph
 from tests.host_cuda import HOST_TRT, HostCuda, HostEngine
 from tests.small_master import write_small_package
+from tests.unit.test_engine import frame
 from tests.unit.test_finished_scenes import disk_of
 from tests.unit.test_parity import lost_bias
 from tests.unit.test_sampling import needs_compiler
@@ -56,9 +57,13 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 @pytest.fixture
-def start(package: Package, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def device() -> HostCuda:
+    return HostCuda()
+
+
+@pytest.fixture
+def start(package: Package, cache: Path, device: HostCuda, monkeypatch: pytest.MonkeyPatch) -> Start:
     """A start on TensorRT, played by host_cuda; a plan of zeros does not load."""
-    device = HostCuda()
 
     def load(content: bytes) -> HostEngine | None:
         return HostEngine(onnx.load_from_string(content), device, 32) if any(content) else None
@@ -116,6 +121,20 @@ def test_a_bad_engine_is_deleted_with_its_timings_and_the_next_start_builds_anot
         start()
     assert not list(cache.iterdir())
     start()
+
+
+def test_neither_a_refused_engine_nor_a_closed_one_holds_memory_of_the_device(
+    package: Package, builds: list[bytes], start: Start, device: HostCuda
+) -> None:
+    builds += [plan(package, wrong=True), plan(package)]
+    with pytest.raises(EngineError):
+        start()
+    assert not device.held
+    engine = start()
+    engine.infer(*frame(5), None)
+    assert device.held
+    engine.close()
+    assert not device.held
 
 
 def test_a_full_disk_does_not_stop_an_engine_that_is_ready_in_memory(

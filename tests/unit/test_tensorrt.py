@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from qdbev_ros.core.errors import EngineError
 from qdbev_ros.core.projection import visible_cells
 from qdbev_ros.core.variant import load_variant
-from qdbev_ros.engine import tensorrt_build, tensorrt_engine, tensorrt_runner
+from qdbev_ros.engine import cuda, tensorrt_build, tensorrt_engine, tensorrt_runner
 from qdbev_ros.engine.engine import Engine
 from qdbev_ros.engine.package import Package, read_package
 from qdbev_ros.engine.parity import judge, reference_outputs
@@ -161,7 +163,10 @@ def test_tables_of_every_rig_fit_into_few_shapes(name: str) -> None:
 
 @pytest.fixture
 def runner(package: Package) -> TensorRtRunner:
-    cuda = HostCuda()
+    return on_host(package, HostCuda())
+
+
+def on_host(package: Package, cuda: HostCuda) -> TensorRtRunner:
     model = device_graph(with_stage_outputs(package.model))
     return TensorRtRunner(HOST_TRT, None, HostEngine(model, cuda, 32), cuda, package.variant)
 
@@ -208,12 +213,68 @@ def test_buffers_of_shapes_long_unused_are_let_go(
     engine = Engine(package, runner)
     tensors = engine.tensors(*frame(5), None)
     runner.run(tensors)
-    blocks = len(runner._cuda._blocks)
+    held = len(runner._cuda.held)
     (shapes,) = runner._bound
-    runner._bound = {(("images", (0,)),): runner._bound[shapes]}  # as if the rig had been another
+    runner._bound[("images", (0,)),] = runner._bound.pop(shapes)  # as if the rig had been another
     runner.run(tensors)
     assert list(runner._bound) == [shapes]
-    assert len(runner._cuda._blocks) == blocks
+    assert len(runner._cuda.held) == held
+
+
+def test_a_runner_that_goes_gives_back_all_memory_and_graphs(package: Package) -> None:
+    cuda = HostCuda()
+    engine = Engine(package, on_host(package, cuda))
+    for _ in range(2):
+        engine.infer(*frame(5), None)
+    kinds = [type(held) for held in cuda.held.values()]
+    assert (kinds.count(np.ndarray), kinds.count(list)) == (2 * len(engine.runner._names) - 1, 1)
+    engine.close()
+    assert not cuda.held
+
+
+def test_shapes_for_which_there_is_no_room_leave_nothing_behind(
+    package: Package, runner: TensorRtRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = runner._cuda
+    room = iter(range(1))
+
+    def pinned(shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
+        if next(room, None) is None:
+            raise EngineError("cudaHostAlloc: cudaErrorMemoryAllocation")
+        return HostCuda.pinned(cuda, shape, kind)
+
+    monkeypatch.setattr(cuda, "pinned", pinned)
+    with pytest.raises(EngineError, match="cudaErrorMemoryAllocation"):
+        Engine(package, runner).infer(*frame(5), None)
+    assert not cuda.held
+
+
+def test_every_look_for_a_gpu_gives_its_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[int] = []
+
+    def destroy(stream: int) -> tuple[int]:
+        streams.remove(stream)
+        return (0,)
+
+    properties = SimpleNamespace(name=b"Orin", major=8, minor=7)
+    runtime = SimpleNamespace(
+        cudaGetDeviceCount=lambda: (0, 1),
+        cudaSetDevice=lambda _: (0,),
+        cudaGetDeviceProperties=lambda _: (0, properties),
+        cudaStreamCreate=lambda: (0, streams.append(7) or 7),
+        cudaStreamDestroy=destroy,
+        cudaMemcpyKind=Mock(),
+    )
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(cuda, "DRIVER", "libc.so.6")  # there everywhere
+    monkeypatch.setattr(cuda, "_installed", lambda _: True)
+    assert cuda.missing() is None
+    assert not streams
+    opened = cuda.Cuda()
+    assert (opened.name, streams) == ("Orin SM87", [7])
+    del opened
+    assert not streams
 
 
 def test_stage_outputs_stay_on_the_device_unless_asked_for(package: Package, runner: TensorRtRunner) -> None:
