@@ -35,6 +35,7 @@ class RigCalibration:
     intrinsics: dict[str, Intrinsics] = field(default_factory=dict)
     extrinsics: dict[str, Pose] = field(default_factory=dict)  # camera -> vehicle frame
     model: Pose | None = None  # model frame -> vehicle frame
+    path: str = ""  # of the file
 
 
 def load_calibration(path: str | Path) -> RigCalibration:
@@ -56,7 +57,7 @@ def load_calibration(path: str | Path) -> RigCalibration:
         if "extrinsics" in parts:
             extrinsics[camera] = _pose(path, f"{key}.extrinsics", parts["extrinsics"])
     model = _pose(path, "model_frame", content["model_frame"]) if "model_frame" in content else None
-    return RigCalibration(intrinsics, extrinsics, model)
+    return RigCalibration(intrinsics, extrinsics, model, str(path))
 
 
 def calibration_for(preset: TopicPreset, path: str) -> RigCalibration:

@@ -51,23 +51,31 @@ class Observer:
         cameras = {
             name: CameraSeen(
                 name, preset.image_topic(name), preset.info_topic(name), preset.image_frame(name, ""),
-                intrinsics_given=name in calibration.intrinsics, extrinsics_given=name in calibration.extrinsics,
+                extrinsics=calibration.extrinsics.get(name),
             )
             for name in CAMERAS
         }  # fmt: skip
+        for name, given in calibration.intrinsics.items():
+            k = tuple(given.matrix.ravel().tolist())
+            cameras[name].info_source = calibration.path
+            cameras[name].infos.append(InfoSeen(given.width, given.height, k, p=(0.0,) * 12))
         kinds = set(IMAGE_KINDS.values())
         others = sorted(t for t, kind in types.items() if kind in kinds and t not in preset.image_topics())
         self.drive = Drive(
             cameras, fixed_frame=preset.fixed_frame, base_frame=preset.base_frame, model_frame=preset.model_frame,
-            ego_motion=preset.ego_motion, odometry_topic=preset.odometry, model_given=calibration.model is not None,
-            other_picture_topics=tuple(others),
+            ego_motion=preset.ego_motion, odometry_topic=preset.odometry, calibration=calibration.path,
+            model=calibration.model, other_picture_topics=tuple(others),
         )  # fmt: skip
         self._look_every = look_every
         self._images = {preset.image_topic(name): cameras[name] for name in CAMERAS}
-        self._infos = {preset.info_topic(name): cameras[name] for name in CAMERAS}
+        self._infos = {  # of what the file gives nothing else is taken, as in the node
+            topic: cameras[name]
+            for name in CAMERAS
+            if (topic := preset.info_topic(name)) and name not in calibration.intrinsics
+        }
         kind = IMAGE_KINDS[preset.image_type]
         wanted = dict.fromkeys(preset.image_topics(), kind)
-        wanted |= dict.fromkeys(preset.info_topics(), "sensor_msgs/msg/CameraInfo")
+        wanted |= dict.fromkeys(self._infos, "sensor_msgs/msg/CameraInfo")
         wanted |= dict.fromkeys(("/tf", "/tf_static"), "tf2_msgs/msg/TFMessage")
         if preset.odometry:
             wanted[preset.odometry] = "nav_msgs/msg/Odometry"

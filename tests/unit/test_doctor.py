@@ -303,9 +303,9 @@ def test_two_parents_are_named() -> None:
 def test_what_a_calibration_file_gives_is_not_missed() -> None:
     drive = rig()
     drive.transforms = [t for t in drive.transforms if t.child == "base_link"]
-    drive.model_given = True
+    drive.model = Pose(yaw_quaternion(-np.pi / 2), np.zeros(3))
     for camera in drive.cameras.values():
-        camera.infos, camera.intrinsics_given, camera.extrinsics_given = [], True, True
+        camera.extrinsics = optical(DIRECTIONS[camera.name])
     assert codes(drive) == set()
 
 

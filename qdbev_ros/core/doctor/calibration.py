@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults of CameraInfo: K, its size, its resolution, distortion."""
+"""Faults of CameraInfo, or of a calibration file in its place: K, its size, its resolution, distortion."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FILE_ADVICE = "or give the intrinsics in a calibration file (calibration:=rig.ya
 
 def check_calibration(drive: Drive) -> Iterator[Finding]:
     for camera in drive.cameras.values():
-        if camera.intrinsics_given or not camera.pictures:
+        if not camera.pictures:
             continue
         if not camera.infos:
-            topic = camera.info_topic or "a CameraInfo topic"
+            topic = camera.info_source or "a CameraInfo topic"
             yield Finding(
                 "info-missing",
                 camera.name,
@@ -32,7 +32,7 @@ def check_calibration(drive: Drive) -> Iterator[Finding]:
             yield Finding(
                 "info-changes",
                 camera.name,
-                f"{camera.info_topic} changes its content during the drive",
+                f"{camera.info_source} changes its content during the drive",
                 "a calibration must not change while driving: look for a second publisher on that topic",
             )
         for info in camera.infos:
@@ -43,7 +43,7 @@ def check_calibration(drive: Drive) -> Iterator[Finding]:
 
 
 def _check_info(camera: CameraSeen, info: InfoSeen) -> Iterator[Finding]:
-    topic, name = camera.info_topic, camera.name
+    topic, name = camera.info_source, camera.name
     if not (np.isfinite(info.k).all() and np.isfinite(info.p).all()):
         yield Finding(
             "info-not-finite",
@@ -78,7 +78,7 @@ def _check_info(camera: CameraSeen, info: InfoSeen) -> Iterator[Finding]:
 
 def _wrong_size(camera: CameraSeen, info: InfoSeen, size: tuple[int, int]) -> Finding:
     width, height = size
-    said = f"pictures are {width}x{height}, {camera.info_topic} is for {info.width}x{info.height}"
+    said = f"pictures are {width}x{height}, {camera.info_source} is for {info.width}x{info.height}"
     if (info.height, info.width) == size:
         return Finding(
             "picture-rotated",
@@ -92,14 +92,14 @@ def _wrong_size(camera: CameraSeen, info: InfoSeen, size: tuple[int, int]) -> Fi
             "info-size",
             camera.name,
             f"{said}: K is of another resolution",
-            f"resize CameraInfo together with the pictures (image_proc::ResizeNode), or multiply "
-            f"width, height, fx, fy, cx, cy by {factor:.4g}",
+            f"multiply width, height, fx, fy, cx, cy by {factor:.4g}, or let what resizes the pictures resize "
+            f"CameraInfo, too (image_proc::ResizeNode)",
         )
     return Finding(
         "info-size",
         camera.name,
         f"{said}: the pictures were cropped or are another camera's",
-        "publish the CameraInfo of exactly these pictures",
+        "give the intrinsics of exactly these pictures",
     )
 
 
@@ -117,7 +117,7 @@ def _check_geometry(camera: CameraSeen, info: InfoSeen) -> Iterator[Finding]:
         yield Finding(
             "info-resolution",
             camera.name,
-            f"{camera.info_topic}: the principal point ({k[0, 2]:.0f}, {k[1, 2]:.0f}) is the centre of a picture of "
+            f"{camera.info_source}: the principal point ({k[0, 2]:.0f}, {k[1, 2]:.0f}) is the centre of a picture of "
             f"about {guess}, but the size says {info.width}x{info.height}: K is of another resolution",
             f"multiply fx, fy, cx, cy by {1 / scale:.3g}, or calibrate at this resolution",
             "likely; a deliberate crop looks the same",
@@ -127,15 +127,15 @@ def _check_geometry(camera: CameraSeen, info: InfoSeen) -> Iterator[Finding]:
         yield Finding(
             "info-principal-point",
             camera.name,
-            f"{camera.info_topic}: the principal point ({k[0, 2]:.0f}, {k[1, 2]:.0f}) is outside the picture",
-            "calibrate this camera anew, or publish the CameraInfo of these pictures",
+            f"{camera.info_source}: the principal point ({k[0, 2]:.0f}, {k[1, 2]:.0f}) is outside the picture",
+            "calibrate this camera anew, or give the intrinsics of these pictures",
         )
     view = math.degrees(2 * math.atan(info.width / (2 * k[0, 0])))
     if not FIELD_OF_VIEW[0] < view < FIELD_OF_VIEW[1] or not 0.8 < k[0, 0] / k[1, 1] < 1.25:
         yield Finding(
             "info-focal",
             camera.name,
-            f"{camera.info_topic}: fx = {k[0, 0]:g}, fy = {k[1, 1]:g} would be a field of view of {view:.0f} "
+            f"{camera.info_source}: fx = {k[0, 0]:g}, fy = {k[1, 1]:g} would be a field of view of {view:.0f} "
             f"degrees",
             "focal lengths are in pixels of this picture: check their unit and order",
         )
@@ -149,7 +149,7 @@ def _check_distortion(camera: CameraSeen, info: InfoSeen) -> Iterator[Finding]:
         yield Finding(
             "info-distortion",
             camera.name,
-            f"{camera.image_topic} {said} {camera.info_topic} has distortion {[round(v, 4) for v in info.d[:5]]} and "
+            f"{camera.image_topic} {said} {camera.info_source} has distortion {[round(v, 4) for v in info.d[:5]]} and "
             f"no P of a rectified picture",
             "rectify (image_proc::RectifyNode) and publish the CameraInfo of the rectified picture",
         )

@@ -63,16 +63,17 @@ class InfoSeen:
 
 @dataclass
 class CameraSeen:
-    """`infos` holds each different CameraInfo once, in order. `frame` is that of a picture whose header names none."""
+    """`infos` holds each different CameraInfo once, in order, or the one that a calibration file stands in with;
+    `info_source` is their topic, or that file. `frame` is that of a picture whose header names none.
+    """
 
     name: str
     image_topic: str
-    info_topic: str = ""
+    info_source: str = ""
     frame: str = ""
     pictures: list[PictureSeen] = field(default_factory=list)
     infos: list[InfoSeen] = field(default_factory=list)
-    intrinsics_given: bool = False  # by a calibration file
-    extrinsics_given: bool = False
+    extrinsics: Pose | None = None  # of the calibration file: optical frame -> vehicle frame
 
     def looks(self) -> list[Look]:
         return [picture.look for picture in self.pictures if picture.look]
@@ -111,7 +112,8 @@ class Drive:
     model_frame: str = "LIDAR_TOP"
     ego_motion: str = "tf"
     odometry_topic: str = ""
-    model_given: bool = False  # the model frame's pose is in a calibration file
+    calibration: str = ""  # the file
+    model: Pose | None = None  # of the calibration file: model frame -> vehicle frame
     other_picture_topics: tuple[str, ...] = ()  # picture topics that no camera of the preset has
     max_spread: float = 0.06  # seconds, as the node's parameter
     tf_timeout: float = 0.5

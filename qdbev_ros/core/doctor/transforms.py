@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults of tf and odometry: missing frames, turned axes, holes, lateness, jumps."""
+"""Faults of tf, a calibration file and odometry: missing frames, turned axes, holes, lateness, jumps."""
 
 from __future__ import annotations
 
@@ -49,10 +49,11 @@ def check_transforms(drive: Drive) -> Iterator[Finding]:
                 "a frame has one parent: stop one of the publishers",
             )
     for camera in drive.cameras.values():
-        if camera.pictures and not camera.extrinsics_given:
+        if camera.pictures and camera.extrinsics is not None:
+            yield from _check_mounting(camera, drive.calibration, camera.extrinsics)
+        elif camera.pictures:
             yield from _check_camera(drive, links, camera)
-    if not drive.model_given:
-        yield from _check_model(drive, links)
+    yield from _check_model(drive, links)
     yield from _check_ego_motion(drive, links)
 
 
@@ -126,11 +127,7 @@ def _check_camera(drive: Drive, links: dict[str, Link], camera: CameraSeen) -> I
             f"{', '.join(known) or 'none'}",
         )
         return
-    problem = _axes_problem(quaternion_to_matrix(pose.rotation))
-    if problem:
-        yield Finding("tf-camera-axes", camera.name, f"{base} -> {frame}: {problem[0]}", problem[1])
-        return
-    yield from _check_place(camera, frame, pose)
+    yield from _check_mounting(camera, f"{base} -> {frame}", pose)
 
 
 def _axes_problem(r: Array) -> tuple[str, str] | None:
@@ -140,12 +137,12 @@ def _axes_problem(r: Array) -> tuple[str, str] | None:
     if r[2, 2] > 0.7:
         return (
             "the camera's z axis points up: these are the axes of a body (x forward), not of a picture",
-            f"{OPTICAL}: name the camera's _optical_frame, which is turned by roll -90, pitch 0, yaw -90 degrees",
+            f"{OPTICAL}: take the camera's _optical_frame, which is turned by roll -90, pitch 0, yaw -90 degrees",
         )
     if abs(r.T[2, 2]) < 0.6 and r.T[2, 1] < -0.7:
         return (
             "the transform is the wrong way round (vehicle in the camera)",
-            "publish its inverse, child = camera",
+            "invert it: from the camera (child) to the vehicle",
         )
     if abs(r[2, 2]) < 0.6 and r[2, 1] > 0.7:
         return (
@@ -160,8 +157,14 @@ def _axes_problem(r: Array) -> tuple[str, str] | None:
     return ("the camera looks up or down", f"{OPTICAL}: check the order of the quaternion (x, y, z, w)")
 
 
-def _check_place(camera: CameraSeen, frame: str, pose: Pose) -> Iterator[Finding]:
-    forward = quaternion_to_matrix(pose.rotation)[:, 2]
+def _check_mounting(camera: CameraSeen, source: str, pose: Pose) -> Iterator[Finding]:
+    """`source` is the transform or the file that the pose is from."""
+    rotation = quaternion_to_matrix(pose.rotation)
+    problem = _axes_problem(rotation)
+    if problem:
+        yield Finding("tf-camera-axes", camera.name, f"{source}: {problem[0]}", problem[1])
+        return
+    forward = rotation[:, 2]
     yaw = float(np.degrees(np.arctan2(forward[1], forward[0])))
 
     def turn(name: str) -> float:
@@ -172,7 +175,7 @@ def _check_place(camera: CameraSeen, frame: str, pose: Pose) -> Iterator[Finding
         yield Finding(
             "tf-camera-direction",
             camera.name,
-            f"{frame!r} looks {yaw:.0f} degrees to the left of ahead, which is about {nearest}'s direction",
+            f"{source}: the camera looks {yaw:.0f} degrees to the left of ahead, which is about {nearest}'s direction",
             "the topics or frames of two cameras are swapped, or the vehicle frame is not x forward, y left",
         )
     x, y, z = pose.translation
@@ -180,14 +183,14 @@ def _check_place(camera: CameraSeen, frame: str, pose: Pose) -> Iterator[Finding
         yield Finding(
             "tf-camera-position",
             camera.name,
-            f"{frame!r} is at x {x:.1f}, y {y:.1f}, z {z:.1f} m",
+            f"{source}: the camera is at x {x:.1f}, y {y:.1f}, z {z:.1f} m",
             "no vehicle is that large: millimetres instead of metres, or another parent frame",
         )
 
 
 def _check_model(drive: Drive, links: dict[str, Link]) -> Iterator[Finding]:
     frame, base = drive.model_frame, drive.base_frame
-    pose = _fixed_pose(links, base, frame)
+    pose = drive.model or _fixed_pose(links, base, frame)
     if pose is None:
         yield Finding(
             "tf-model-frame",
@@ -199,12 +202,13 @@ def _check_model(drive: Drive, links: dict[str, Link]) -> Iterator[Finding]:
         return
     r = quaternion_to_matrix(pose.rotation)
     if r[1, 0] > -0.8 or r[2, 2] < 0.8:
+        source = drive.calibration if drive.model else f"{base} -> {frame}"
         turned = float(np.degrees(np.arctan2(r[1, 0], r[0, 0]))) + 90
         yield Finding(
             "tf-model-axes",
             frame,
-            f"the model frame's x axis must point right; this one is turned by {turned:.0f} degrees",
-            "boxes would be turned as much: publish a frame with x right, y forward, z up",
+            f"{source}: the model frame's x axis must point right; this one is turned by {turned:.0f} degrees",
+            "boxes would be turned as much: it has to have x right, y forward, z up",
         )
 
 
