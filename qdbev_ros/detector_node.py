@@ -24,7 +24,7 @@ from qdbev_ros.core.health import HealthMonitor, HealthPolicy, State
 from qdbev_ros.ros.detector import Detector
 from qdbev_ros.ros.diagnostics import camera_status, diagnostic_array, pipeline_status, with_input_problems
 from qdbev_ros.ros.parameters import DetectorParameters, changed, declare
-from qdbev_ros.ros.process import run
+from qdbev_ros.ros.process import NodeLog, run
 from qdbev_ros.ros.timers import every
 
 NODE_NAME = "qdbev_detector"
@@ -170,6 +170,7 @@ class DetectorProcess:
 
     def __init__(self) -> None:
         self.node = DetectorNode()
+        NodeLog(self.node)
         if not self.node.parameters.autostart:
             return
         self.node.trigger_configure()

@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from qdbev_ros.core.errors import QdbevError, install_hint
 
@@ -53,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Exit status: 0 done, 2 bad input (one line on stderr says which), 130 interrupted."""
     args = build_parser().parse_args(argv)
+    log = logging.getLogger("qdbev_ros")
+    log.setLevel(logging.INFO)
+    log.handlers = [_Log()]
     try:
         status: int = args.run(args) or 0
         sys.stdout.flush()
@@ -80,6 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"qdbev: error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
         return 2
+
+
+class _Log(logging.Handler):
+    """What takes long, and what is not kept, on standard error, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with suppress(OSError):  # a log on a full disk
+            tqdm.write(f"qdbev: {record.getMessage()}", file=sys.stderr)
 
 
 def _version() -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -28,6 +29,24 @@ class ManagedNode(Protocol):
     def finished(self) -> bool: ...
     def idle(self) -> bool: ...
     def close(self) -> None: ...
+
+
+class NodeLog(logging.Handler):
+    """Python's log of this project as a node's: what takes long at a start, what is not kept."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self._log = node.get_logger()
+        log = logging.getLogger("qdbev_ros")
+        log.setLevel(logging.INFO)
+        log.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self._log.warning(text)  # rclpy allows each line of code one severity
+        else:
+            self._log.info(text)
 
 
 def run(name: str, make: Callable[[], ManagedNode]) -> int:

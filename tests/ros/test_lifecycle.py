@@ -65,3 +65,18 @@ def test_a_managed_node_waits_says_what_is_wrong_works_once_it_is_mended_and_swa
         rig.close()
     assert node.stop() == 0
     assert "Traceback" not in node.output
+
+
+def test_the_node_says_what_takes_long_at_a_start_and_why_every_start_takes_as_long(
+    graph: Graph, tmp_path: Path
+) -> None:
+    write_small_package(tmp_path / "small.qdbev")
+    shared = tmp_path / "cache"
+    shared.mkdir()
+    shared.chmod(0o775)
+    graph.environment["QDBEV_CACHE"] = str(shared)
+    node = graph.node("detector_node", model=tmp_path / "small.qdbev")
+    node.wait_for("ready: ")
+    assert f"because others can write to {shared} (chmod go-w {shared})" in node.output
+    assert "[INFO]" in next(line for line in node.output.splitlines() if "checking ONNX Runtime" in line)
+    assert node.stop() == 0

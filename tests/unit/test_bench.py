@@ -64,13 +64,16 @@ def test_the_command_prints_and_writes_every_stage(
     write_small_package(package)
     options = ["--backend", "onnxruntime", "--frames", "2", "--threads", "1"]
     assert main(["bench", str(package), *options, "--json", str(file)]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "qdbev: checking ONNX Runtime" in told
     assert all(stage in said for stage in (*STAGES, "end to end", "frames/s", "onnxruntime: ONNX Runtime"))
     written = json.loads(file.read_text())
     assert written["package"] == "small.qdbev"
     assert [row["stage"] for row in written["rows"]] == [*STAGES, "end to end"]
     parts = [row["ms_min"] for row in written["rows"]]
     assert parts[-1] >= max(parts[:-1])
+    assert main(["bench", str(package), *options]) == 0
+    assert "checking" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,5 +144,4 @@ def test_a_full_disk_does_not_stop_an_engine_that_is_ready_in_memory(
         assert "TensorRT" in start().description
     assert "engine.plan: cannot be written: File too large" in caplog.text
     assert "parity.json: cannot be written: File too large" in caplog.text
-    assert {record.levelno for record in caplog.records} == {logging.WARNING}
     assert not [path for path in cache.rglob("*") if path.is_file()]
