@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rosbags.highlevel import AnyReader, AnyReaderError
+from rosbags.highlevel import AnyReader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from qdbev_ros.core.errors import DataError
@@ -27,14 +27,19 @@ class BagReader:
         try:
             self._reader = AnyReader([self.path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
             self._reader.open()
-        except (AnyReaderError, OSError, ValueError, IndexError, TypeError) as error:
-            text = " ".join(str(error).split())
+        except Exception as error:  # rosbags' own, sqlite's, struct's: whatever damaged bytes lead to
+            text = _line(error)
             hint = ""
             if "Profile" in text:
                 hint = "; if Foxglove's tools wrote it: qdbev import-foxglove"
             elif "end magic" in text:
                 hint = f"; if its recording was cut off: mcap recover {self.path} -o whole.mcap"
             raise DataError(f"bag {self.path} cannot be read: {text}{hint}") from error
+        if not self._reader.is2:
+            self.close()
+            raise DataError(
+                f"{self.path} is a ROS 1 bag: rosbags-convert --src {self.path} --dst {self.path.with_suffix('')}"
+            )
 
     def __enter__(self) -> BagReader:
         return self
@@ -88,10 +93,8 @@ class BagReader:
                 connection, stamp, data = next(messages)
             except StopIteration:
                 return
-            except (
-                Exception
-            ) as error:  # rosbags' own, the decompressors', struct's: whatever damaged bytes lead to
-                raise DataError(f"bag {self.path} is damaged: {' '.join(str(error).split())}") from error
+            except Exception as error:  # as in __init__
+                raise DataError(f"bag {self.path} is damaged: {_line(error)}") from error
             yield connection.topic, stamp, bytes(data)
 
     def first_topic(self, topics: Sequence[str]) -> str:
@@ -102,7 +105,17 @@ class BagReader:
         """(topic, log time in ns, message) as plain objects of `rosbags`, fields as in ROS, arrays as numpy."""
         types = self.types
         for topic, stamp, data in self.raw(topics):
-            yield topic, stamp, self._reader.deserialize(data, types[topic])
+            try:
+                message = self._reader.deserialize(data, types[topic])
+            except Exception as error:  # as in __init__
+                raise DataError(
+                    f"bag {self.path} is damaged: a message on {topic} is no {types[topic]}: {_line(error)}"
+                ) from error
+            yield topic, stamp, message
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class BagWriter:
