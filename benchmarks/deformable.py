@@ -99,7 +99,7 @@ def own_kernel(feeds: dict[str, Floats], sizes: Sizes, threads: int) -> Callable
     def run() -> None:
         # Taken here, so that the arrays stay alive.
         buffers = value.ctypes.data, locations.ctypes.data, weights.ctypes.data, out.ctypes.data
-        kernel(buffers, value.shape, weights.shape, sizes)
+        kernel(buffers, value.shape, locations.shape, weights.shape, sizes)
 
     return run
 

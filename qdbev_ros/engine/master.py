@@ -10,10 +10,10 @@ from onnx import TensorProto
 from qdbev_ros.core.errors import PackageError
 from qdbev_ros.core.variant import CAMERAS, Variant
 from qdbev_ros.engine.graph import Graph, unpack_int4
+from qdbev_ros.engine.sampling import Sampling, function_of, is_sampling
 
 OPSET = 21
 PRODUCER = "qdbev"
-FUNCTIONS = "qdbev"  # domain of the model's own functions
 INPUTS = ("images", "points", "cells", "slots", "weights", "can_bus", "prev_bev", "shift", "use_prev")
 OUTPUTS = ("class_logits", "boxes", "bev")
 FEATURES = "image_features_"  # outputs that `stage_outputs` adds, numbered
@@ -65,22 +65,37 @@ def parse_master(master: bytes) -> onnx.ModelProto:
     if model.producer_name != PRODUCER or domains.get("") != OPSET:
         made = f"{model.producer_name!r}, opset {domains.get('')}"
         raise PackageError(f"the ONNX graph was not made by `qdbev export`: it is {made}")
-    functions = {f.name for f in model.functions if f.domain == FUNCTIONS}
     for node in graph.node:
         # Nothing that a runtime would look up elsewhere, and no graphs inside of nodes.
-        known = node.op_type in functions if node.domain == FUNCTIONS else node.domain == ""
+        known = node.domain == "" or (is_sampling(node) and Sampling.of(node).op_type == node.op_type)
         if not known or any(a.HasField("g") or a.graphs for a in node.attribute):
             raise PackageError(
                 f"the ONNX graph holds an operator that no package has: {node.domain}:{node.op_type}"
             )
+    _check_functions(model)
     inputs = [i.name for i in graph.input]
     answers = tuple(o.name for o in graph.output if not o.name.startswith(FEATURES))
     if set(inputs) - set(INPUTS) or answers != OUTPUTS:
         outputs = [o.name for o in graph.output]
         raise PackageError(f"the ONNX graph maps {inputs} to {outputs}, not a frame to {list(OUTPUTS)}")
-    if any(t.data_location == TensorProto.EXTERNAL or t.external_data for t in graph.initializer):
+    attributes = [a for node in graph.node for a in node.attribute]
+    tensors = [*graph.initializer, *(t for a in attributes for t in (a.t, *a.tensors))]
+    if any(t.data_location == TensorProto.EXTERNAL or t.external_data for t in tensors):
         raise PackageError("the ONNX graph refers to data outside its own file")
+    if graph.sparse_initializer or any(a.HasField("sparse_tensor") or a.sparse_tensors for a in attributes):
+        raise PackageError("the ONNX graph holds sparse tensors, which no package has")
     return model
+
+
+def _check_functions(model: onnx.ModelProto) -> None:
+    """Raises PackageError where the functions are not those of the graph's samplings, to the bit."""
+    found = (Sampling.of(node) for node in model.graph.node if is_sampling(node))
+    made = {sampling.op_type: sampling for sampling in found}
+    given = [function.name for function in model.functions]
+    if given != sorted(made) or any(function_of(made[f.name]) != f for f in model.functions):
+        raise PackageError(
+            f"the ONNX graph's functions {given} are not those that `qdbev export` makes of it"
+        )
 
 
 def _plain_table(graph: Graph, node: onnx.NodeProto) -> None:

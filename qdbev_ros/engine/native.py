@@ -10,16 +10,18 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from secrets import token_hex
 
-from qdbev_ros.engine.cache import cache_folder, cpu_name
+from qdbev_ros.core.errors import EngineError
+from qdbev_ros.engine.cache import cache_folder, cpu_name, keep
 
 SOURCE = Path(__file__).with_name("deformable.c")
 MOST_DEPTH = 256  # as in the source
@@ -42,13 +44,11 @@ class _Shape(ctypes.Structure):
 class DeformableKernel:
     """Samples on raw float32 buffers, on `threads` threads.
 
-    artefact: SHA-256 of the compiled file; of one that could not be kept something that never comes again
+    artefact: SHA-256 of the compiled file
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        library = _load()
-        file = Path(library._name)
-        self.artefact = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else token_hex()
+        library, self.artefact = _load()
         self._function = library.qdbev_deformable
         self._function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 2
         self._function.restype = None
@@ -60,21 +60,26 @@ class DeformableKernel:
         self,
         buffers: tuple[int, int, int, int],
         value_shape: Sequence[int],
+        locations_shape: Sequence[int],
         weights_shape: Sequence[int],
         sizes: Sequence[tuple[int, int]],
     ) -> None:
         """Samples the first three buffers into the last.
 
         buffers: addresses of contiguous float32 arrays: value, locations, weights, and the result (B, Q, heads * depth)
-        value_shape (B, S, heads, depth) · weights_shape (B, Q, heads, levels, points) · sizes (height, width) of the
-        levels. Raises ValueError where these do not fit each other.
+        value_shape (B, S, heads, depth) · locations_shape (B, Q, heads, levels, points, 2) · weights_shape (B, Q,
+        heads, levels, points) · sizes (height, width) of the levels.
+        Raises EngineError where these do not fit each other.
         """
         batch, queries, heads, levels, points = weights_shape
         tokens, depth = value_shape[1], value_shape[3]
         fits = (value_shape[0], value_shape[2], levels) == (batch, heads, len(sizes))
-        if not fits or tokens != sum(h * w for h, w in sizes) or depth > MOST_DEPTH:
-            raise ValueError(
-                f"value {list(value_shape)}, weights {list(weights_shape)} and maps {sizes} do not fit"
+        fits = fits and list(locations_shape) == [*weights_shape, 2] and depth <= MOST_DEPTH
+        # Sizes below one could make up for others that are too large.
+        if not fits or min(map(min, sizes)) < 1 or tokens != sum(h * w for h, w in sizes):
+            raise EngineError(
+                f"value {list(value_shape)}, locations {list(locations_shape)}, weights {list(weights_shape)} and maps "
+                f"{list(sizes)} do not fit"
             )
         shape = _Shape(tokens, queries, heads, depth, levels, points)
         flat = (ctypes.c_int32 * (2 * levels))(*(side for size in sizes for side in size))
@@ -88,40 +93,65 @@ class DeformableKernel:
             other.result()
 
 
-def _load() -> ctypes.CDLL:
-    """The compiled kernel, built unless this CPU, compiler and source have been seen before."""
-    compiler = os.environ.get("CC") or next((c for c in COMPILERS if shutil.which(c)), None)
-    if compiler is None:
-        raise KernelError(f"there is no C compiler ({', '.join(COMPILERS)})")
+def _load() -> tuple[ctypes.CDLL, str]:
+    """The compiled kernel and its SHA-256, built unless this CPU, compiler and source have been seen before.
+
+    The name of a kept file ends with its SHA-256: one that a power cut left half written would be loaded all the same,
+    and end the process where the missing part is first touched.
+    """
+    folder, said = cache_folder(), []
+    for compiler in _compilers():
+        try:
+            seen = _sha256("\0".join((SOURCE.read_text(), *compiler, cpu_name())).encode())[:16]
+            for kept in folder.glob(f"deformable-{seen}-*.so") if folder else ():
+                with suppress(OSError):  # also where nothing in the folder may be run
+                    digest = _sha256(kept.read_bytes())
+                    if kept.stem.endswith(digest):
+                        return ctypes.CDLL(str(kept)), digest
+                    kept.unlink()
+            return _build(compiler, folder, seen)
+        except (KernelError, OSError) as error:
+            said.append(str(error))
+    raise KernelError(said[0] if said else f"there is no C compiler ({', '.join(COMPILERS)})")
+
+
+def _compilers() -> list[list[str]]:
+    """The commands that there are, $CC with its arguments first."""
     try:
-        key = hashlib.sha256("\0".join((SOURCE.read_text(), compiler, cpu_name())).encode()).hexdigest()[:16]
-        folder = cache_folder()
-        if folder is None:
-            with tempfile.TemporaryDirectory(prefix="qdbev-") as own:
-                return ctypes.CDLL(str(_build(compiler, Path(own) / "deformable.so")))
-        library = folder / f"deformable-{key}.so"
-        if not library.is_file():
-            _build(compiler, library)
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise KernelError(f"it cannot be built or loaded: {error}") from error
+        own = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quotation mark without its other half
+        own = []
+    return [command for command in (own, *([c] for c in COMPILERS)) if command and shutil.which(command[0])]
 
 
-def _build(compiler: str, library: Path) -> Path:
-    """Compiles under another name and renames: whole or not at all, also with two processes at once."""
+def _build(compiler: Sequence[str], folder: Path | None, seen: str) -> tuple[ctypes.CDLL, str]:
+    """Compiles, keeps and loads, from the kept file if that can be."""
+    with tempfile.TemporaryDirectory(prefix="qdbev-") as own:
+        made = Path(own) / "deformable.so"
+        _compile(compiler, made)
+        content = made.read_bytes()
+        digest = _sha256(content)
+        if folder is not None:
+            kept = folder / f"deformable-{seen}-{digest}.so"
+            keep(kept, content)
+            with suppress(OSError):
+                return ctypes.CDLL(str(kept)), digest
+        return ctypes.CDLL(str(made)), digest
+
+
+def _compile(compiler: Sequence[str], made: Path) -> None:
     said = ""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
-        for tuning in _TUNINGS:
-            command = [compiler, "-O3", tuning, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
-            try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-                )
-            except subprocess.TimeoutExpired:
-                raise KernelError(f"{compiler} took more than {_TIMEOUT_S} s") from None
-            if done.returncode == 0:
-                os.replace(made, library)
-                return library
-            said = " ".join(done.stderr.split())[:200]
-    raise KernelError(f"{compiler} cannot build it: {said}")
+    for tuning in _TUNINGS:
+        command = [*compiler, "-O3", tuning, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise KernelError(f"{compiler[0]} took more than {_TIMEOUT_S} s") from None
+        if done.returncode == 0:
+            return
+        said = " ".join(done.stderr.split())[:200]
+    raise KernelError(f"{compiler[0]} cannot build it: {said}")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

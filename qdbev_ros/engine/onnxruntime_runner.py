@@ -111,14 +111,16 @@ class _Part:
     def _sample(self, s: Sampling, values: dict[str, ort.OrtValue]) -> ort.OrtValue:
         assert self._kernel is not None
         value, locations, weights = values[s.value], values[s.locations], values[s.weights]
+        if any(tensor.data_type() != "tensor(float)" for tensor in (value, locations, weights)):
+            raise EngineError(f"{s.output}: the kernel samples float32 alone")
         value_shape, weights_shape = value.shape(), weights.shape()
-        shape = [*weights_shape[:2], s.heads * s.depth]
+        shape = [*weights_shape[:2], value_shape[2] * value_shape[3]]
         out = self._buffers.get(s.output)
         if out is None or out.shape() != shape:  # another rig sees another number of cells
             out = ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32))
             self._buffers[s.output] = out
         buffers = value.data_ptr(), locations.data_ptr(), weights.data_ptr(), out.data_ptr()
-        self._kernel(buffers, value_shape, weights_shape, s.sizes)
+        self._kernel(buffers, value_shape, locations.shape(), weights_shape, s.sizes)
         return out
 
 

@@ -44,13 +44,18 @@ class Sampling:
     @classmethod
     def of(cls, node: onnx.NodeProto) -> Sampling:
         """Reads a node. Raises PackageError where it isn't one of ours."""
-        found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if set(found) != set(_ATTRIBUTES) or len(node.input) != 3 or len(found["sizes"]) % 2:
-            raise PackageError(f"node {node.name!r} ({node.op_type}) is no deformable sampling that we know")
-        flat = found.pop("sizes")
-        value, locations, weights = node.input
-        sizes = tuple(zip(flat[::2], flat[1::2], strict=True))
-        return cls(value, locations, weights, node.output[0], sizes=sizes, **found)
+        found = {a.name: [a.i] if a.type == a.INT else list(a.ints) for a in node.attribute}
+        try:
+            [heads], [depth], [points], flat = (found.pop(name) for name in _ATTRIBUTES)
+            value, locations, weights = node.input
+            [output] = node.output
+            sizes = tuple(zip(flat[::2], flat[1::2], strict=True))
+            if found or min(heads, depth, points, *flat, len(flat)) < 1:
+                raise ValueError
+        except (KeyError, ValueError):
+            kind = f"node {node.name!r} ({node.op_type})"
+            raise PackageError(f"{kind} is no deformable sampling that we know") from None
+        return cls(value, locations, weights, output, heads, depth, points, sizes)
 
     @property
     def op_type(self) -> str:
@@ -91,10 +96,11 @@ def define_functions(graph: Graph) -> None:
     """Gives torch's bare nodes the names of their functions, and the model the functions."""
     for node, sampling in samplings(graph):
         node.op_type = sampling.op_type
-        graph.functions[sampling.op_type] = _function(sampling)
+        graph.functions[sampling.op_type] = function_of(sampling)
 
 
-def _function(sampling: Sampling) -> onnx.FunctionProto:
+def function_of(sampling: Sampling) -> onnx.FunctionProto:
+    """The function of all samplings of this shape: always the same, to the bit."""
     body: list[onnx.NodeProto] = []
 
     def constant(value: Any) -> str:

@@ -78,10 +78,10 @@ def _read_scores(path: Path) -> dict[str, Any]:
 def run_inspect(args: argparse.Namespace) -> int:
     from qdbev_ros.core.files import write_json
     from qdbev_ros.engine.package import read_package
-    from qdbev_train.export.inspection import as_text, summarise
+    from qdbev_train.export.inspection import inspect_package
 
-    summary = summarise(read_package(args.package))
-    print(as_text(summary))
+    summary, text = inspect_package(read_package(args.package))
+    print(text)
     if args.json:
         write_json(args.json, summary)
     return 0

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qdbev_ros.core.errors import PackageError
 from qdbev_ros.engine.package import MANIFEST, MODEL, Package
 
 PARTS = ("backbone", "neck", "encoder", "decoder")
@@ -20,6 +21,21 @@ _CONTENTS = {
     "INT32": "biases",
     "FLOAT": "steps, LayerNorm, what is left in float32",
 }
+
+
+def inspect_package(package: Package) -> tuple[dict[str, Any], str]:
+    """What `summarise` and `as_text` make. Raises PackageError where the manifest lacks something of it.
+
+    A seal covers any manifest, and reading a package to run it asks for none of this.
+    """
+    try:
+        summary = summarise(package)
+        return summary, as_text(summary)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise PackageError(
+            f"{package.path}: {MANIFEST}: quantisation is not what `qdbev export` writes: {what}"
+        ) from error
 
 
 def summarise(package: Package) -> dict[str, Any]:

@@ -147,3 +147,25 @@ def test_a_damaged_package_is_one_line_and_exit_code_2(package: Path, capsys: py
     error = capsys.readouterr().err
     assert error.startswith("qdbev: error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "culprit"),
+    [
+        ({}, "layers"),
+        ({"layers": [{"name": "first"}]}, "weight_bits"),
+        ({"layers": [7], "exceptions": 3}, "int"),
+        ({"layers": [], "float_parameters": [], "float32_bytes": 9}, "parts"),
+    ],
+)
+def test_a_manifest_with_holes_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture, section: dict[str, Any], culprit: str
+) -> None:
+    path = tmp_path / "model.qdbev"
+    write_package(path, small_variant(), small_master(), section, {}, {})
+    assert main(["inspect", str(path), "--json", str(tmp_path / "x.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"qdbev: error: {path}: manifest.json: quantisation is not what `qdbev export`")
+    assert culprit in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.json").exists()

@@ -11,6 +11,7 @@ import struct
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from qdbev_ros.core.errors import DataError, PackageError
 from qdbev_ros.engine.package import MANIFEST, MODEL, SEAL, read_package, write_package
+from qdbev_ros.engine.sampling import DOMAIN, PREFIX, Sampling, function_of
 from tests.small_master import small_master, small_variant, write_small_package
 
 GOLDEN = Path(__file__).with_name("golden_small.qdbev")
@@ -341,10 +343,64 @@ def test_a_graph_that_is_not_ours_is_refused(package: Path) -> None:
     assert "'images' has shape (1, 6, 3, 16, 8)" in refusal(with_model(package, model.SerializeToString()))
 
 
-def test_external_data_is_refused(package: Path) -> None:
+@pytest.fixture
+def sampled() -> onnx.ModelProto:
+    """The small graph and two samplings of one shape, with the function that they share."""
     model = onnx.load_from_string(MODEL_BYTES)
-    onnx.external_data_helper.set_external_data(model.graph.initializer[0], "/etc/passwd")
+    shape = {"heads": 1, "depth": 4, "points": 1, "sizes": [2, 3]}
+    for name in ("first", "second"):
+        node = onnx.helper.make_node(PREFIX, ["v", "l", "w"], [name], domain=DOMAIN, **shape)
+        node.op_type = Sampling.of(node).op_type
+        model.graph.node.append(node)
+    model.functions.append(function_of(Sampling.of(node)))
+    return model
+
+
+def test_functions_other_than_those_of_the_samplings_are_refused(
+    package: Path, sampled: onnx.ModelProto
+) -> None:
+    read_package(with_model(package, sampled.SerializeToString()))
+
+    def refused(change: Callable[[onnx.ModelProto], object]) -> str:
+        changed = onnx.ModelProto()
+        changed.CopyFrom(sampled)
+        change(changed)
+        return refusal(with_model(package, changed.SerializeToString()))
+
+    evil = onnx.helper.make_node("Evil", ["output"], ["more"], domain="com.evil")
+    other = onnx.helper.make_function(DOMAIN, "Other", ["x"], ["y"], [evil], [])
+    message = "not those that `qdbev export` makes"
+    assert message in refused(lambda model: model.functions[0].node.append(evil))
+    assert message in refused(lambda model: model.functions.append(other))
+    assert message in refused(lambda model: model.functions.pop())
+    assert "qdbev:Other" in refused(lambda model: setattr(model.graph.node[-1], "op_type", "Other"))
+
+
+def test_a_sampling_of_maps_that_cannot_be_is_refused(package: Path, sampled: onnx.ModelProto) -> None:
+    for attribute in sampled.graph.node[-1].attribute:
+        if attribute.name == "sizes":
+            attribute.ints[:] = [2, -3]
+    assert "no deformable sampling" in refusal(with_model(package, sampled.SerializeToString()))
+
+
+def test_external_data_is_refused_wherever_it_may_stand(package: Path) -> None:
+    model = onnx.load_from_string(MODEL_BYTES)
+    tensor = model.graph.initializer[0]
+    onnx.external_data_helper.set_external_data(tensor, "/etc/passwd")
     assert "outside its own file" in refusal(with_model(package, model.SerializeToString()))
+    model = onnx.load_from_string(MODEL_BYTES)
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["leak"], value=tensor))
+    assert "outside its own file" in refusal(with_model(package, model.SerializeToString()))
+
+
+def test_sparse_tensors_are_refused(package: Path) -> None:
+    model = onnx.load_from_string(MODEL_BYTES)
+    model.graph.sparse_initializer.add()
+    assert "sparse" in refusal(with_model(package, model.SerializeToString()))
+    model = onnx.load_from_string(MODEL_BYTES)
+    sparse = onnx.SparseTensorProto(dims=[4])
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["sparse"], sparse_value=sparse))
+    assert "sparse" in refusal(with_model(package, model.SerializeToString()))
 
 
 def test_what_is_no_package_at_all_is_refused(tmp_path: Path) -> None:

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from qdbev_ros.core.errors import PackageError
+from qdbev_ros.core.errors import EngineError, PackageError
 from qdbev_ros.engine import native
 from qdbev_ros.engine.graph import Graph
 from qdbev_ros.engine.native import DeformableKernel, KernelError
-from qdbev_ros.engine.sampling import DOMAIN, PREFIX, define_functions, inline_samplings, samplings
+from qdbev_ros.engine.sampling import DOMAIN, PREFIX, Sampling, define_functions, inline_samplings
 from qdbev_ros.engine.stages import cut, split
 
 needs_compiler = pytest.mark.skipif(
@@ -95,7 +99,7 @@ def by_kernel(
     value, locations, weights = (feeds[name] for name in ("value", "locations", "weights"))
     out = np.full((*weights.shape[:3], value.shape[3]), np.nan, np.float32)
     buffers = value.ctypes.data, locations.ctypes.data, weights.ctypes.data, out.ctypes.data
-    kernel(buffers, value.shape, weights.shape, sizes)
+    kernel(buffers, value.shape, locations.shape, weights.shape, sizes)
     return out
 
 
@@ -143,10 +147,25 @@ def test_places_that_are_nowhere_give_nothing(place: float) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("sizes", [[(3, 4)], [(3, 3), (1, 1)]])
+@pytest.mark.parametrize("sizes", [[(3, 4)], [(3, 3), (1, 1)], [(3, 3), (-3, 3)], [(0, 0)]])
 def test_maps_of_another_size_than_the_values_are_refused(sizes: list[tuple[int, int]]) -> None:
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(EngineError, match="do not fit"):
         by_kernel(kernel(1), arrays(1, 2, 1, 16, 1, [(3, 3)], 0), sizes)
+
+
+@needs_compiler
+def test_maps_whose_sizes_only_add_up_to_those_of_the_values_are_refused() -> None:
+    feeds = arrays(1, 2, 1, 16, 1, [(3, 3), (1, 1)], 0)
+    with pytest.raises(EngineError, match="do not fit"):
+        by_kernel(kernel(1), feeds, [(20_000, 20_000), (10 - 20_000**2, 1)])
+
+
+@needs_compiler
+def test_fewer_places_than_weights_are_refused() -> None:
+    feeds = arrays(1, 2, 1, 16, 2, [(3, 3)], 0)
+    feeds["locations"] = feeds["locations"][:, :, :, :, :1]
+    with pytest.raises(EngineError, match="do not fit"):
+        by_kernel(kernel(1), feeds, [(3, 3)])
 
 
 @needs_compiler
@@ -193,11 +212,25 @@ def test_a_graph_cannot_be_split_where_its_parts_share_what_is_before() -> None:
         split(shared, "twice")
 
 
-def test_a_node_that_only_looks_like_a_sampling_is_refused() -> None:
-    model = sampling_model(1, 4, 1, [(2, 2)])
-    del next(n for n in model.graph.node if n.domain == DOMAIN).attribute[0]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads": None},
+        {"heads": 0},
+        {"heads": 1.0},
+        {"points": [1, 2]},
+        {"sizes": [2, -2]},
+        {"sizes": [2, 2, 1]},
+        {"sizes": "four"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_node_that_only_looks_like_a_sampling_is_refused(changes: dict[str, Any]) -> None:
+    attributes = {"heads": 1, "depth": 4, "points": 1, "sizes": [2, 2]} | changes
+    node = helper.make_node(PREFIX, ["v", "l", "w"], ["out"], domain=DOMAIN, **attributes)
     with pytest.raises(PackageError, match="no deformable sampling"):
-        samplings(Graph(model))
+        Sampling.of(node)
 
 
 @pytest.fixture
@@ -232,14 +265,66 @@ def test_a_cache_folder_that_cannot_be_written_costs_compiling_and_nothing_else(
     assert np.isfinite(by_kernel(DeformableKernel(1), feeds, [(2, 3)])).all()
 
 
+@needs_compiler
+def test_a_kernel_that_was_cut_short_is_built_again_and_kept(no_cache: Path) -> None:
+    DeformableKernel(1)
+    (library,) = no_cache.glob("*.so")
+    part = library.read_bytes()[:4096]  # enough for the loader, which then touches what is not there
+    library.unlink()  # this process has it in its memory
+    library.write_bytes(part)
+    code = "from qdbev_ros.engine.native import DeformableKernel; DeformableKernel(1)"
+    # A process of its own, which a damaged kernel ends without a word. It has $QDBEV_CACHE from this one.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    (kept,) = no_cache.iterdir()
+    assert kept.read_bytes() != part
+
+
+@needs_compiler
+def test_where_the_kept_kernel_cannot_be_loaded_another_one_is(
+    no_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk from which nothing may be run."""
+    load = ctypes.CDLL
+
+    def outside(path: str) -> ctypes.CDLL:
+        if Path(path).parent == no_cache:
+            raise OSError("failed to map segment from shared object: Operation not permitted")
+        return load(path)
+
+    monkeypatch.setattr(native.ctypes, "CDLL", outside)
+    for _ in range(2):
+        DeformableKernel(1)
+
+
+@needs_compiler
+def test_a_compiler_with_arguments_is_taken_as_make_takes_it(
+    no_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = next(c for c in native.COMPILERS if shutil.which(c))
+    monkeypatch.setattr(native, "COMPILERS", ())
+    monkeypatch.setenv("CC", f"env QDBEV_ANY=1 {compiler}")
+    DeformableKernel(1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("missing", ["no-such-compiler gcc", "false", "'open"])
+def test_a_compiler_that_cannot_be_used_leaves_the_others(
+    no_cache: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setenv("CC", missing)
+    DeformableKernel(1)
+
+
 def test_without_a_compiler_the_reason_is_said(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CC", "")
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with pytest.raises(KernelError, match="no C compiler"):
         DeformableKernel(1)
 
 
 def test_a_compiler_that_fails_is_quoted(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "COMPILERS", ())
     monkeypatch.setenv("CC", "false")
     with pytest.raises(KernelError, match="false cannot build it"):
         DeformableKernel(1)
