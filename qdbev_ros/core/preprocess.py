@@ -44,23 +44,32 @@ def decode_reduction(width: int, height: int, image: ImageSpec) -> int:
     )
 
 
+def decode_bytes(data: bytes | memoryview, reduction: int = 1) -> Picture:
+    """The picture of JPEG or PNG bytes, 1, 2, 4 or 8 times smaller. Raises DataError where they are none."""
+    buffer = np.frombuffer(data, np.uint8)
+    # EXIF orientation would silently turn the picture away from its calibration.
+    flags = _REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        picture = cv2.imdecode(buffer, flags) if buffer.size else None
+    except cv2.error:  # a header that says more pixels than OpenCV reads
+        picture = None
+    if picture is None:
+        raise DataError(f"{buffer.size} bytes that are no JPEG or PNG picture")
+    return picture  # type: ignore[return-value]
+
+
 def decode_picture(data: bytes | memoryview, width: int, height: int, image: ImageSpec) -> Picture:
     """Decodes JPEG or PNG bytes of a (width, height) picture, reduced where the variant allows.
 
     Raises DataError where the bytes are no picture or the size isn't the calibration's.
     """
     reduction = decode_reduction(width, height, image)
-    buffer = np.frombuffer(data, np.uint8)
-    # EXIF orientation would silently turn the picture away from its calibration.
-    flags = _REDUCED_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
-    picture = cv2.imdecode(buffer, flags) if buffer.size else None
-    if picture is None:
-        raise DataError(f"{buffer.size} bytes that are no JPEG or PNG picture")
+    picture = decode_bytes(data, reduction)
     expected = (-(-height // reduction), -(-width // reduction))
     if picture.shape[:2] != expected:
         h, w = picture.shape[0] * reduction, picture.shape[1] * reduction
         raise DataError(f"the picture is about {w}x{h} pixels, its CameraInfo says {width}x{height}")
-    return picture  # type: ignore[return-value]
+    return picture
 
 
 def shrink_raw(picture: RawPicture, image: ImageSpec) -> NDArray[Any]:

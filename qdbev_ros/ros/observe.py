@@ -11,9 +11,10 @@ import cv2
 import numpy as np
 
 from qdbev_ros.core.doctor import CameraSeen, Drive, InfoSeen, Look, OdometrySeen, PictureSeen, TransformSeen
-from qdbev_ros.core.encodings import encoding_problem
+from qdbev_ros.core.encodings import encoding_problem, raw_picture
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import Pose
+from qdbev_ros.core.preprocess import Picture, decode_bytes
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.calibration_file import RigCalibration
@@ -99,7 +100,7 @@ class Observer:
             problem = encoding_problem(message.encoding) or ""
         if not problem and len(camera.pictures) % self._look_every == 0:
             try:
-                look = look_at(_decode(message))
+                look = look_at(decode(message))
             except DataError as error:
                 problem = str(error)
         frame = message.header.frame_id.lstrip("/")
@@ -126,7 +127,7 @@ def observe_bag(
     return preset.name, observer.drive
 
 
-def look_at(picture: np.ndarray[Any, np.dtype[np.uint8]]) -> Look:
+def look_at(picture: Picture) -> Look:
     """What a BGR picture (H, W, 3) shows: upper third against lower third."""
     height, width = picture.shape[:2]
     small = np.asarray(cv2.resize(picture, SMALL, interpolation=cv2.INTER_AREA), np.float32)
@@ -140,25 +141,13 @@ def look_at(picture: np.ndarray[Any, np.dtype[np.uint8]]) -> Look:
     )  # fmt: skip
 
 
-def _decode(message: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """BGR. Raises DataError where a compressed or raw picture is none."""
-    data = np.frombuffer(memoryview(message.data), np.uint8)
-    if not hasattr(message, "encoding"):
-        picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
-        if picture is None:
-            raise DataError(f"{len(data)} bytes of format {message.format!r} that cannot be decoded")
-        return picture  # type: ignore[return-value]
-    height, width, step = message.height, message.width, message.step
-    channels = 4 if message.encoding.endswith("a8") else 3
-    if not height or not width or step < width * channels or len(data) < height * step:
-        raise DataError(
-            f"{len(data)} bytes are no {width}x{height} picture of {message.encoding} with step {step}"
-        )
-    pixels = (
-        data[: height * step].reshape(height, step)[:, : width * channels].reshape(height, width, channels)
-    )
-    colours = pixels[..., :3]
-    return np.ascontiguousarray(colours if message.encoding.startswith("bgr") else colours[..., ::-1])
+def decode(message: Any) -> Picture:
+    """BGR, as it lies in the node. Raises DataError where a compressed or raw picture is none."""
+    if hasattr(message, "encoding"):
+        raw = raw_picture(message.data, message.width, message.height, message.step, message.encoding)
+        colours = raw.pixels[..., :3]
+        return np.ascontiguousarray(colours[..., ::-1] if raw.red_first else colours)
+    return decode_bytes(memoryview(message.data))
 
 
 def _add_info(camera: CameraSeen, message: Any) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -99,7 +101,17 @@ def test_small_gets_bgr_with_the_mean_taken_off_only() -> None:
     np.testing.assert_allclose(out[2, 0, 0], -123.675, rtol=1e-5)
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", jpeg(160, 90)[:40]])
+def huge_png() -> bytes:
+    """A PNG whose header says more pixels than OpenCV reads."""
+    data = bytearray(cv2.imencode(".png", np.zeros((9, 16, 3), np.uint8))[1].tobytes())
+    data[16:24] = struct.pack(">II", 60000, 60000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not a picture", jpeg(160, 90)[:40], huge_png()], ids=["empty", "text", "cut", "huge"]
+)
 def test_bytes_that_are_no_picture_are_refused(data: bytes) -> None:
     with pytest.raises(DataError, match="no JPEG or PNG"):
         decode_picture(data, 160, 90, NANO)
