@@ -107,7 +107,6 @@ def measure(name: str, seconds: float, bar: tqdm[Any]) -> tuple[list[Row], dict[
     left_out = {engine: reason for engine in ENGINES if (reason := missing(engine))}
     rows = [Row(name, engine, "engine") for engine in ENGINES if engine not in left_out]
     products = [Row(name, product, "product") for product in PRODUCTS]
-    about["package_bytes"] = package_of(name, OURS, folder).stat().st_size
     needed = NEEDED_GB.get(name, NEEDED_GB["base"])
     about["side_by_side"] = together = free_gb() > needed * len(rows) + 1
     if free_gb() < needed + 1:

@@ -78,11 +78,10 @@ def table(data: Data) -> str:
 
 def _variant_table(data: Data, variant: str, about: Data) -> list[str]:
     rows = {(r["engine"], r["stage"]): r for r in data["rows"] if r["variant"] == variant}
-    size, packed = about["float32_bytes"] / 1e6, about["package_bytes"] / 1e6
     work = about["operations"]
     lines = [
         f"**{variant}**: {work['network'] / 1e9:.1f} GOP a frame, {work['backbone'] / 1e9:.1f} of them in the "
-        f"backbone; float32 file {size:.1f} MB, package {packed:.2f} MB, {size / packed:.1f} times smaller."
+        "backbone."
     ]
     if not about["side_by_side"]:
         lines[0] += " One engine after the other: memory does not hold them all."

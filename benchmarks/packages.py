@@ -35,7 +35,7 @@ def folder_of(variant: Variant, kept: Path) -> Path:
 
 
 def make(variant: Variant, folder: Path) -> None:
-    """Writes the files of a variant. `about.json` comes last: operations of a frame, sizes in bytes."""
+    """Writes the files of a variant. `about.json` comes last: operations of a frame, number of parameters."""
     import torch
 
     from qdbev_train.checkpoint import save_model
@@ -54,13 +54,11 @@ def make(variant: Variant, folder: Path) -> None:
     *_, batch = next(iter(QueueDataset(load_scenes(*TOWN), variant, batch=1, seed=0)))
     about: dict[str, Any] = {"operations": operations(model, batch)}
     about["parameters"] = sum(p.numel() for p in model.parameters())
-    about["float32_bytes"] = (folder / FLOAT_MODEL).stat().st_size
     fast = {"weight_range": "minmax", "activation_range": "minmax", "weight_rounding": "nearest"}
     config = QuantConfig(**fast, bias_correction=False)  # type: ignore[arg-type]
     student = quantise_model(model, config).eval()
     calibrate(student, [batch], config)
     export_package(student, variant, config, folder / PACKAGE, {"weights": "random"}, {})
-    about["package_bytes"] = (folder / PACKAGE).stat().st_size
     write_json(folder / ABOUT, about)
 
 
