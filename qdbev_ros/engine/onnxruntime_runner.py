@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from qdbev_ros.core.errors import EngineError
 from qdbev_ros.core.preprocess import PictureGrid
 from qdbev_ros.engine.lowering import fuse_linears, lower_u8, picture_codes, quantised_convolutions
+from qdbev_ros.engine.master import OUTPUTS
 from qdbev_ros.engine.native import DeformableKernel, KernelError
 from qdbev_ros.engine.sampling import Sampling, inline_samplings
 from qdbev_ros.engine.stages import Stage, cut, split
@@ -42,7 +43,7 @@ class OnnxRuntimeRunner:
 
     picture_grid: PictureGrid | None = None
     turns_memory = False
-    stage_outputs = True
+    stage_outputs = False
 
     def __init__(self, master: bytes, threads: int | None) -> None:
         lowered = lower_u8(master)
@@ -77,7 +78,7 @@ class OnnxRuntimeRunner:
             self._front.run(values)
         for part in self._parts:
             part.run(values)
-        return {name: values[name].numpy() for name in self._outputs}
+        return {name: values[name].numpy() for name in self._outputs if self.stage_outputs or name in OUTPUTS}
 
     def _part(self, stage: Stage, threads: int | None, kernel: DeformableKernel | None) -> _Part:
         lowered = fuse_linears(stage.model)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qdbev_ros.core.errors import EngineError
 from qdbev_ros.core.preprocess import PictureGrid
 from qdbev_ros.engine.lowering import lower_u8, quantised_convolutions
+from qdbev_ros.engine.master import OUTPUTS
 from qdbev_ros.engine.sampling import inline_samplings
 
 _INTEGERS = ("i8", "u8")
@@ -25,7 +26,7 @@ class OpenVinoRunner:
     """One compiled model: named arrays in, named arrays out."""
 
     turns_memory = False
-    stage_outputs = True
+    stage_outputs = False
     picture_grid: PictureGrid | None = None
 
     def __init__(self, master: bytes, threads: int | None) -> None:
@@ -55,8 +56,9 @@ class OpenVinoRunner:
     def run(self, tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """One inference. Inputs that the graph does not read are left out."""
         self._request.infer({name: tensors[name] for name in self._inputs}, share_inputs=True)
+        wanted = [name for name in self._outputs if self.stage_outputs or name in OUTPUTS]
         # Copies: the next inference writes into the same buffers.
-        return {name: self._request.get_tensor(name).data.copy() for name in self._outputs}
+        return {name: self._request.get_tensor(name).data.copy() for name in wanted}
 
 
 def check_convolutions(wanted: list[str], runtime: Any) -> int:

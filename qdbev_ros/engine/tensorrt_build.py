@@ -31,16 +31,18 @@ _ROWS, _CAMERAS = ("points", "cells"), ("slots", "weights")
 
 
 def import_tensorrt() -> ModuleType:
-    """TensorRT 10 or later, or TensorRT-RTX. Raises EngineError with what to do."""
+    """TensorRT 10 or later, or TensorRT-RTX. Raises EngineError with the reasons."""
+    reasons = []
     for name in TENSORRT:
         try:
             module = importlib.import_module(name)
-        except ImportError:
+        except (ImportError, OSError) as error:  # OSError: of a library that is loaded by its name
+            reasons.append(str(error))
             continue
         if name == "tensorrt" and int(module.__version__.split(".")[0]) < OLDEST:
             raise EngineError(f"TensorRT {module.__version__} is too old; {OLDEST} or later is needed")
         return module
-    raise EngineError(f"neither {' nor '.join(TENSORRT)} is installed for Python")
+    raise EngineError(f"neither {' nor '.join(TENSORRT)} can be imported: {'; '.join(reasons)}")
 
 
 def is_rtx(trt: ModuleType) -> bool:

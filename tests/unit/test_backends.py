@@ -12,6 +12,7 @@ import pytest
 
 from qdbev_ros.core.errors import EngineError
 from qdbev_ros.engine import BACKENDS, cuda, load_package
+from qdbev_ros.engine.master import OUTPUTS
 from tests.small_master import write_small_package
 from tests.unit.test_engine import frame
 
@@ -63,6 +64,19 @@ def test_what_tensorrt_lacks_is_named_in_the_order_in_which_one_installs_it(
     assert "no cuda-bindings (pip install -r requirements/tensorrt.txt)" in str(cuda.missing())
     monkeypatch.setattr(cuda, "_installed", lambda name: name == "cuda.bindings")
     assert "neither tensorrt nor tensorrt_rtx is installed" in str(cuda.missing())
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_feature_maps_are_fetched_for_the_gate_alone(package: Path, backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="openvino isn't installed")
+    engine = load_package(package, backend=backend, threads=1)
+    tensors = engine.tensors(*frame(), None)
+    frames = engine.runner.run(tensors)
+    engine.runner.stage_outputs = True
+    gates = engine.runner.run(tensors)
+    assert (set(frames), set(gates) - set(frames)) == (set(OUTPUTS), {"image_features_0"})
+    np.testing.assert_array_equal(frames["bev"], gates["bev"])
 
 
 def test_openvino_that_is_not_installed_is_refused_in_one_line(

@@ -119,12 +119,16 @@ def test_a_tensorrt_of_before_strong_typing_is_refused(monkeypatch: pytest.Monke
         tensorrt_build.import_tensorrt()
 
 
-def test_without_tensorrt_both_names_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_: str) -> None:
-        raise ImportError
+def test_why_tensorrt_cannot_be_imported_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        if name == "tensorrt":
+            raise ImportError("libnvinfer.so.10: cannot open shared object file")
+        raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(tensorrt_build.importlib, "import_module", missing)
-    with pytest.raises(EngineError, match="neither tensorrt nor tensorrt_rtx"):
+    monkeypatch.setattr(tensorrt_build.importlib, "import_module", broken)
+    with pytest.raises(
+        EngineError, match=r"libnvinfer\.so\.10: cannot open .*; No module named 'tensorrt_rtx'"
+    ):
         tensorrt_build.import_tensorrt()
 
 
