@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
-from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
-from mcap.exceptions import McapError
 from mcap.reader import make_reader
 from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
@@ -44,6 +41,14 @@ class Imported:
 
 
 @dataclass(frozen=True)
+class _Message:
+    """One of ROS 2, as it is written."""
+
+    msgtype: str
+    data: bytes
+
+
+@dataclass(frozen=True)
 class _Transform:
     parent: str
     child: str
@@ -64,24 +69,24 @@ def import_foxglove(source: Path, out: Path) -> Imported:
     try:
         declared: set[str] = set()
 
-        def write(topic: str, stamp_ns: int, message: Any) -> None:
+        def write(topic: str, stamp_ns: int, message: _Message) -> None:
             if topic not in declared:
-                bag.add_topic(topic, message.__msgtype__, STORE, latched=topic == "/tf_static")
+                bag.add_topic(topic, message.msgtype, STORE, latched=topic == "/tf_static")
                 declared.add(topic)
-            bag.write(topic, stamp_ns, bytes(STORE.serialize_cdr(message, message.__msgtype__)))
+            bag.write(topic, stamp_ns, message.data)
             written[topic] += 1
 
         if still:
-            write("/tf_static", found, _tf([transform.message for transform in still.values()]))
+            write("/tf_static", found, _tf(still.values()))
         for topic, schema, log_ns, content in tqdm(
             _messages(source), desc="import", total=total, unit=" messages", disable=None
         ):
             if schema in TRANSFORMS:
-                moving = [t.message for t in _transforms(content) if t.child not in still]
+                moving = [transform for transform in content if transform.child not in still]
                 if moving:
                     write("/tf", log_ns, _tf(moving))
             elif schema in _CONVERT:
-                write(topic, log_ns, _CONVERT[schema](content))
+                write(topic, log_ns, content)
             else:
                 left_out[f"{topic} ({schema or 'no schema'})"] += 1
         bag.close()
@@ -98,10 +103,8 @@ def _summary(source: Path) -> tuple[int | None, int]:
             summary = make_reader(stream).get_summary()
     except OSError as error:
         raise DataError(f"{source}: {error.strerror}") from error
-    except (McapError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{source} is no MCAP file that can be read: {' '.join(str(error).split())}"
-        ) from error
+    except Exception as error:  # mcap's own, struct's, the decompressors': whatever damaged bytes lead to
+        raise DataError(f"{source} is no MCAP file that can be read: {_line(error)}") from error
     if summary is None or summary.statistics is None:
         raise DataError(f"{source} has no summary, it was not closed: mcap recover {source} -o whole.mcap")
     schemas = {schema.name for schema in summary.schemas.values()}
@@ -115,7 +118,7 @@ def _summary(source: Path) -> tuple[int | None, int]:
 
 
 def _messages(source: Path, schemas: tuple[str, ...] = ()) -> Iterator[tuple[str, str, int, Any]]:
-    """(topic, schema, log time, content) in the order of time; content is a protobuf message or a JSON object."""
+    """(topic, schema, log time, content) in the order of time; content as of _Decoder, or None."""
     decode = _Decoder(source)
     with source.open("rb") as stream:
         reader = make_reader(stream)
@@ -137,33 +140,47 @@ def _messages(source: Path, schemas: tuple[str, ...] = ()) -> Iterator[tuple[str
                     message.log_time,
                     decode(schema, channel, message) if known else None,
                 )
-        except (McapError, EOFError) as error:
-            raise DataError(f"{source} is damaged: {' '.join(str(error).split())}") from error
+        except DataError:
+            raise
+        except Exception as error:  # as in _summary
+            raise DataError(f"{source} is damaged: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _Decoder:
-    """Decodes a message by the schema that the file carries along."""
+    """Reads a message by the schema that the file carries along: a list of _Transform, or what becomes of a picture
+    or calibration. Raises DataError that names the topic.
+    """
 
     def __init__(self, source: Path) -> None:
         self._source = source
         self._classes: dict[int, Any] = {}
 
-    def __call__(self, schema: Any, channel: Any, message: Any) -> Any:
+    def __call__(self, schema: Any, channel: Any, message: Any) -> list[_Transform] | _Message:
+        if channel.message_encoding not in ("json", "protobuf"):
+            raise DataError(
+                f"{self._source}: {channel.topic} is encoded as {channel.message_encoding!r}; protobuf and json can "
+                f"be read"
+            )
         try:
             if channel.message_encoding == "json":
-                return json.loads(message.data)
-            if channel.message_encoding == "protobuf":
+                content = json.loads(message.data)
+            else:
                 if schema.id not in self._classes:
                     self._classes[schema.id] = _protobuf_class(schema)
-                return self._classes[schema.id].FromString(message.data)
-        except (ValueError, TypeError, KeyError, DecodeError) as error:
-            text = " ".join(str(error).split())
+                content = self._classes[schema.id].FromString(message.data)
+            if schema.name not in TRANSFORMS:
+                return _serialised(_CONVERT[schema.name](content))
+            transforms = _transforms(content)
+            _tf(transforms)  # fails here where it would later
+            return transforms
+        except Exception as error:  # JSON may hold anything, and so may damaged bytes
             raise DataError(
-                f"{self._source}: a message on {channel.topic} is no {schema.name}: {text}"
+                f"{self._source}: a message on {channel.topic} is no {schema.name}: {_line(error)}"
             ) from error
-        raise DataError(
-            f"{self._source}: {channel.topic} is encoded as {channel.message_encoding!r}; protobuf and json can be read"
-        )
 
 
 def _protobuf_class(schema: Any) -> Any:
@@ -193,10 +210,7 @@ def _header(content: Any, frame: str) -> Any:
 
 def _bytes(content: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     data = _get(content, "data", b"")
-    try:
-        return np.frombuffer(base64.b64decode(data) if isinstance(data, str) else data, np.uint8)
-    except binascii.Error as error:
-        raise DataError(f"a picture's data is no base64: {error}") from error
+    return np.frombuffer(base64.b64decode(data) if isinstance(data, str) else data, np.uint8)
 
 
 def _compressed(content: Any) -> Any:
@@ -277,7 +291,7 @@ def _still_transforms(source: Path) -> dict[str, _Transform]:
     first: dict[str, _Transform] = {}
     moving: set[str] = set()
     for _, _, _, content in _messages(source, TRANSFORMS):
-        for transform in _transforms(content):
+        for transform in content:
             known = first.setdefault(transform.child, transform)
             same = np.allclose(known.numbers, transform.numbers, rtol=0, atol=STILL)
             if known.parent != transform.parent or not same:
@@ -285,5 +299,9 @@ def _still_transforms(source: Path) -> dict[str, _Transform]:
     return {child: transform for child, transform in first.items() if child not in moving}
 
 
-def _tf(transforms: list[Any]) -> Any:
-    return TYPES["tf2_msgs/msg/TFMessage"](transforms=transforms)
+def _tf(transforms: Iterable[_Transform]) -> _Message:
+    return _serialised(TYPES["tf2_msgs/msg/TFMessage"](transforms=[t.message for t in transforms]))
+
+
+def _serialised(message: Any) -> _Message:
+    return _Message(message.__msgtype__, bytes(STORE.serialize_cdr(message, message.__msgtype__)))

@@ -19,11 +19,15 @@ from foxglove_schemas_protobuf.CompressedImage_pb2 import CompressedImage
 from foxglove_schemas_protobuf.FrameTransform_pb2 import FrameTransform
 from foxglove_schemas_protobuf.PoseInFrame_pb2 import PoseInFrame
 from google.protobuf.json_format import MessageToDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mcap.writer import Writer as JsonWriter
 from mcap_protobuf.writer import Writer as ProtobufWriter
 
 from qdbev_ros.core.doctor import diagnose
+from qdbev_ros.core.errors import QdbevError
 from qdbev_ros.ros.bags import BagReader
+from qdbev_ros.ros.foxglove import import_foxglove
 from qdbev_ros.ros.observe import observe_bag
 from qdbev_train.cli import main
 
@@ -172,23 +176,73 @@ def test_a_cut_file_is_refused_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["in.mcap"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("CompressedImage", "{no json"),
+        ("CompressedImage", "[1]"),
+        ("CompressedImage", '{"data": "abcde"}'),
+        ("CompressedImage", '{"timestamp": {"sec": 1000000000000, "nsec": 0}}'),
+        ("CompressedImage", '{"frame_id": 5}'),
+        ("CameraCalibration", '{"K": "nine"}'),
+        ("CameraCalibration", '{"width": 1e999}'),
+        ("FrameTransform", '{"child_frame_id": []}'),
+        ("FrameTransform", '{"translation": {"x": null}}'),
+    ],
+)
 def test_a_damaged_message_is_named(
-    drive: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (tmp_path / "in.mcap").open("wb") as stream:
         writer = JsonWriter(stream)
         writer.start()
-        schema = writer.register_schema("foxglove.CompressedImage", "jsonschema", b"{}")
-        writer.add_message(writer.register_channel("/front", "json", schema), 5, b"{no json", 5)
+        for topic, schema in {"/other": "CompressedImage", "/here": kind}.items():
+            number = writer.register_schema(f"foxglove.{schema}", "jsonschema", b"{}")
+            content = data if topic == "/here" else "{}"
+            writer.add_message(writer.register_channel(topic, "json", number), 5, content.encode(), 5)
         writer.finish()
     assert main(["import-foxglove", str(tmp_path / "in.mcap"), str(tmp_path / "out.mcap")]) == 2
-    assert "a message on /front is no foxglove.CompressedImage" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"in.mcap: a message on /here is no foxglove.{kind}: " in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mcap"]
+
+
+@pytest.fixture(scope="module", params=[write_protobuf, write_json])
+def small(request: pytest.FixtureRequest, drive: Written, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Few bytes of every kind of message, in a folder of its own."""
+    chosen = [entry for entry in drive if entry[0] in ("/tf", "/cam_front/camera_info")][:9]
+    chosen.append(
+        ("/cam_front/image", 10**9, CompressedImage(frame_id="cam_front", format="jpeg", data=b"none"))
+    )
+    written: Path = request.param(chosen, tmp_path_factory.mktemp("small") / "small.mcap")
+    return written
+
+
+@settings(derandomize=True, deadline=None, max_examples=20, database=None)
+@given(data=st.data())
+def test_flipped_bits_end_in_a_bag_or_in_one_line(data: st.DataObject, small: Path) -> None:
+    damaged = bytearray(small.read_bytes())
+    for position in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=8)):
+        damaged[position] ^= 1 << data.draw(st.integers(0, 7))
+    source, out = small.with_name("damaged.mcap"), small.with_name("out.mcap")
+    source.write_bytes(damaged)
+    said = str(source)
+    try:
+        import_foxglove(source, out)
+        out.unlink()
+    except QdbevError as error:
+        said = str(error)
+    assert str(source) in said
+    assert "\n" not in said
+    assert {path.name for path in small.parent.iterdir()} == {"small.mcap", "damaged.mcap"}
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
         (None, "No such file"),
+        (b"short", "is no MCAP file that can be read"),
         (b"not at all", "is no MCAP file that can be read"),
         (DEMO, "holds ROS 2 messages already"),
     ],
