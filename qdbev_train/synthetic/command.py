@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdbev_ros.core.errors import ConfigError, QdbevError
+from qdbev_ros.core.variant import CAMERAS
 
 if TYPE_CHECKING:
     from qdbev_train.synthetic.writer import Job
@@ -51,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the missing scenes, then the tables. Raises ConfigError or DataError on bad input."""
-    from qdbev_train.synthetic.rig import CAMERAS
     from qdbev_train.synthetic.tables import LIDAR, assemble
 
     jobs = plan_jobs(args)
@@ -114,10 +115,17 @@ def make_all(jobs: list[Job], processes: int) -> None:
                 make_scene(job)
                 bar.update()
             return
-        with ProcessPoolExecutor(min(processes, len(jobs)), get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(make_scene, job) for job in jobs]):
-                future.result()
-                bar.update()
+        processes = min(processes, len(jobs))
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            # The pool finishes whatever it was given, also after a failure or Ctrl-C: no more than it can begin.
+            waiting = iter(jobs)
+            running = {pool.submit(make_scene, job) for job in islice(waiting, processes)}
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    bar.update()
+                running |= {pool.submit(make_scene, job) for job in islice(waiting, len(done))}
 
 
 def main() -> int:

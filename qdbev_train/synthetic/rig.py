@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+from qdbev_ros.core.geometry import quaternion_to_matrix
+from qdbev_ros.core.variant import CAMERAS
+
 FULL_SIZE = (1600, 900)  # the size that the intrinsics below belong to
 
 # When a camera fires relative to the lidar sweep's stamp, in microseconds (the sweep passes CAM_BACK_LEFT last).
@@ -72,23 +74,6 @@ def unit_quaternion(values: tuple[float, ...]) -> NDArray[np.float64]:
     return quaternion / np.linalg.norm(quaternion)
 
 
-def rotation_matrix(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(3, 3) rotation of a unit quaternion (w, x, y, z)."""
-    w, x, y, z = quaternion
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
-def yaw_quaternion(yaw: float) -> list[float]:
-    """Rotation by yaw (rad) about the vertical axis as [w, x, y, z]."""
-    return [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))]
-
-
 def scaled_intrinsic(focal: float, cx: float, cy: float, size: tuple[int, int]) -> NDArray[np.float64]:
     """(3, 3) intrinsics at size (width, height) of a camera given at FULL_SIZE.
 
@@ -111,7 +96,7 @@ def cameras(size: tuple[int, int]) -> list[Camera]:
                 channel,
                 np.asarray(translation),
                 quaternion,
-                rotation_matrix(quaternion),
+                quaternion_to_matrix(quaternion),
                 scaled_intrinsic(focal, cx, cy, size),
                 CAMERA_OFFSET_US[channel],
             )

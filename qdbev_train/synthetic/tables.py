@@ -12,16 +12,11 @@ from typing import Any
 import numpy as np
 
 from qdbev_ros.core.files import write_text
+from qdbev_ros.core.geometry import yaw_quaternion
 from qdbev_train.synthetic.catalogue import CATEGORY
 from qdbev_train.synthetic.layout import KEYFRAME, Town, TownObject
 from qdbev_train.synthetic.plan import ScenePlan
-from qdbev_train.synthetic.rig import (
-    LIDAR_ROTATION,
-    LIDAR_TRANSLATION,
-    Camera,
-    unit_quaternion,
-    yaw_quaternion,
-)
+from qdbev_train.synthetic.rig import LIDAR_ROTATION, LIDAR_TRANSLATION, Camera, unit_quaternion
 
 Row = dict[str, Any]
 SCENE_TABLES = (
@@ -188,7 +183,12 @@ def _sensor_data(
     stamp = sample_stamp(name, k) + (camera.offset_us if camera else 0)
     x, y, yaw = plan.town.ego.pose((stamp - first_stamp(name)) * 1e-6)
     this = token("sample_data", name, channel, k)
-    pose = {"token": this, "timestamp": stamp, "rotation": yaw_quaternion(yaw), "translation": [x, y, 0.0]}
+    pose = {
+        "token": this,
+        "timestamp": stamp,
+        "rotation": yaw_quaternion(yaw).tolist(),
+        "translation": [x, y, 0.0],
+    }
     file = image_file(name, camera, k) if camera else f"samples/{LIDAR}/{name}__{LIDAR}__{stamp}.pcd.bin"
     data = {
         "token": this,
@@ -236,7 +236,7 @@ def annotation(plan: ScenePlan, number: int, k: int, visibility: str, points: in
         "attribute_tokens": [token("attribute", name)] if name else [],
         "translation": [x, y, height / 2],
         "size": [width, length, height],
-        "rotation": yaw_quaternion(yaw),
+        "rotation": yaw_quaternion(yaw).tolist(),
         "prev": "",
         "next": "",
         "num_lidar_pts": points,
@@ -275,7 +275,7 @@ def can_bus_poses(town: Town, scene: str) -> list[Row]:
         rows.append(
             {
                 "accel": [acceleration, speed * rate, 9.81],
-                "orientation": yaw_quaternion(yaw),
+                "orientation": yaw_quaternion(yaw).tolist(),
                 "pos": [x, y, 0.0],
                 "rotation_rate": [0.0, 0.0, rate],
                 "utime": first_stamp(scene) + round(t * 1e6),

@@ -21,9 +21,10 @@ from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.nuscenes import NuScenes
 
 from qdbev_ros.core.errors import QdbevError
+from qdbev_ros.core.variant import CAMERAS
 from qdbev_train.synthetic import command
 from qdbev_train.synthetic.plan import plan_scene
-from qdbev_train.synthetic.rig import CAMERA_OFFSET_US, CAMERAS
+from qdbev_train.synthetic.rig import CAMERA_OFFSET_US
 
 FRAMES = 4
 
