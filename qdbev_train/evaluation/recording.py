@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ class Matched:
 
     results: dict[str, list[Entry]]
     unanswered: list[Frame]
-    repeated: int  # further answers for a sample that had one (a looped bag); the first counts
+    repeated: int  # further answers for a sample: a looped bag, a detector faster than 10 Hz
     foreign: int  # answers at no sample's time
 
 
@@ -75,13 +74,17 @@ def read_answers(bag: Path) -> tuple[str, list[Answer]]:
     raise DataError(f"{bag}: no {OBJECTS} and no {DETECTIONS} messages; it holds {present}")
 
 
-def match(answers: Sequence[Answer], scenes: Mapping[str, Sequence[Frame]]) -> Matched:
-    """The answers as result entries of the samples nearest in time, over the scenes that have any answer.
+def match(
+    answers: Sequence[Answer], scenes: Mapping[str, Sequence[Frame]], preset: str | None = None
+) -> Matched:
+    """The answers nearest in time as result entries of the samples, over the scenes that have any answer.
 
-    Raises DataError where no answer fits any sample, or one fits samples of two scenes.
+    Of answers that are equally near the first counts. `preset`, a name or a remapping file, says what a rig calls its
+    frames. Raises DataError where no answer fits any sample, or one fits samples of two scenes.
     """
-    finders = {name: _SceneFinder(frames) for name, frames in scenes.items()}
-    first: dict[str, list[Entry]] = {}
+    kinds = _kinds_of_frames(preset)
+    finders = {name: _SceneFinder(frames, kinds) for name, frames in scenes.items()}
+    best: dict[str, tuple[int, Answer]] = {}  # nanoseconds from the sample, answer
     repeated = foreign = 0
     touched: set[str] = set()
     for answer in answers:
@@ -98,31 +101,34 @@ def match(answers: Sequence[Answer], scenes: Mapping[str, Sequence[Frame]]) -> M
             )
         name, frame = hits[0]
         touched.add(name)
-        if frame.sample_token in first:
-            repeated += 1
-        else:
-            first[frame.sample_token] = finders[name].entries(answer, frame)
+        distance, token = abs(answer.stamp_ns - frame.stamp_ns), frame.sample_token
+        repeated += token in best
+        if token not in best or distance < best[token][0]:
+            best[token] = distance, answer
     if not touched:
         raise DataError(
             f"none of the {len(answers)} answers is within {MATCH_NS / 1e6:.0f} ms of a sample of {', '.join(scenes)}"
         )
-    frames = [frame for name in scenes if name in touched for frame in scenes[name]]
-    results = {frame.sample_token: first.get(frame.sample_token, []) for frame in frames}
-    return Matched(results, [f for f in frames if f.sample_token not in first], repeated, foreign)
+    frames = [(name, frame) for name in scenes if name in touched for frame in scenes[name]]
+    results: dict[str, list[Entry]] = {frame.sample_token: [] for _, frame in frames}
+    for name, frame in frames:
+        if frame.sample_token in best:
+            results[frame.sample_token] = finders[name].entries(best[frame.sample_token][1], frame)
+    return Matched(results, [f for _, f in frames if f.sample_token not in best], repeated, foreign)
 
 
-@functools.cache
-def _kinds_of_frames() -> dict[str, str]:
-    """frame -> "model", "base" or "fixed", of the frames that a preset's convention names so."""
-    presets = [load_preset(name) for name in preset_names()]
+def _kinds_of_frames(preset: str | None) -> dict[str, str]:
+    """frame -> "model", "base" or "fixed", of the frames that a shipped preset's convention or `preset` names so."""
+    presets = [load_preset(name) for name in [*preset_names(), *([preset] if preset else [])]]
     kinds = {"model": "model_frame", "base": "base_frame", "fixed": "fixed_frame"}
-    return {getattr(preset, key): kind for kind, key in kinds.items() for preset in presets}
+    return {getattr(preset, key): kind for preset in presets for kind, key in kinds.items()}
 
 
 class _SceneFinder:
     """Finds a scene's frames and ego poses by time."""
 
-    def __init__(self, frames: Sequence[Frame]) -> None:
+    def __init__(self, frames: Sequence[Frame], kinds: Mapping[str, str]) -> None:
+        self._kinds = kinds
         self._frames = sorted(frames, key=lambda f: f.stamp_ns)
         self._stamps = [f.stamp_ns for f in self._frames]
         self._track = PoseTrack(keep_s=1e6)
@@ -143,10 +149,12 @@ class _SceneFinder:
         except TransformUnavailable:
             # Outside the poses of the tables, which end with the scene: the frame's own is at most MATCH_NS away.
             ego2global = frame.ego2global
-        kind = _kinds_of_frames().get(answer.frame_id)
+        kind = self._kinds.get(answer.frame_id)
         if kind is None:
-            known = ", ".join(_kinds_of_frames())
-            raise DataError(f"boxes in frame {answer.frame_id!r}; score knows {known}")
+            known = ", ".join(self._kinds)
+            raise DataError(
+                f"boxes in frame {answer.frame_id!r}; score knows {known}; give the rig's remapping file with --preset"
+            )
         poses = {"model": frame.lidar2ego, "base": Pose.identity(), "fixed": ego2global.inverse()}
         frame2ego = poses[kind]
         return result_entries(frame.sample_token, answer.boxes, frame2ego, ego2global, answer.attributes)

@@ -107,6 +107,24 @@ def test_a_recording_of_the_truth_scores_perfectly(
     assert score["unanswered"] == []
 
 
+def test_a_rig_with_frames_of_its_own_is_scored_with_its_remapping_file(
+    small_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = load_scenes(small_root, VERSION)["scene-0916"]
+    bag = record(tmp_path / "bag", frames, frame_id="lidar_link")
+    rig = tmp_path / "rig.yaml"
+    rig.write_text('image_type: raw\nimage: "/{camera}/image"\nmodel_frame: lidar_link\n')
+    arguments = ["score", str(bag), str(small_root), "--version", VERSION, "--split", "mini_val"]
+    assert main(arguments) == 2
+    assert "boxes in frame 'lidar_link'" in (error := capsys.readouterr().err)
+    assert "--preset" in error
+    assert main([*arguments, "--preset", str(rig)]) == 0
+    assert main([*arguments[:1], str(record(tmp_path / "plain", frames)), *arguments[2:]]) == 0
+    own, plain = capsys.readouterr().out.split(f"{tmp_path / 'plain'}: ")
+    assert own.endswith(plain)
+    assert "NDS" in plain
+
+
 def test_boxes_are_placed_by_the_ego_pose_of_their_own_stamp(real_frames: Any, tmp_path: Path) -> None:
     """CAM_FRONT fires 35 ms before the lidar: boxes of that moment's LIDAR_TOP lie that much further back."""
     frame = real_frames[2]
@@ -128,6 +146,18 @@ def test_unanswered_repeated_and_foreign_messages_are_told_apart(real_frames: An
     assert [f.sample_token for f in matched.unanswered] == [f.sample_token for f in real_frames[10:]]
     assert (matched.repeated, matched.foreign) == (10, 1)
     assert matched.results[real_frames[20].sample_token] == []
+
+
+def test_of_several_answers_for_a_sample_the_nearest_counts(real_frames: Any, tmp_path: Path) -> None:
+    """A detector at 20 Hz and more: 45 ms early, on time, 20 ms late; on time once more, as in a looped bag."""
+    answer = read_answers(record(tmp_path / "bag", real_frames[2:3]))[1][0]
+    answers = []
+    for number, late_ms in enumerate((-45, 0, 20, 0)):
+        boxes = replace(answer.boxes, scores=np.full(len(answer.boxes), 0.1 * (number + 1)))
+        answers.append(replace(answer, stamp_ns=answer.stamp_ns + late_ms * 10**6, boxes=boxes))
+    matched = match(answers, {"scene-0916": real_frames})
+    assert matched.results[real_frames[2].sample_token][0]["detection_score"] == 0.2
+    assert matched.repeated == 3
 
 
 def test_scenes_that_the_recording_does_not_touch_are_not_scored(small_root: Path, tmp_path: Path) -> None:
