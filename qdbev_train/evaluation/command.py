@@ -70,18 +70,23 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from qdbev_ros.core.files import write_json
-    from qdbev_train.data.tables import load_scenes
+    from qdbev_train.data.tables import all_frames, load_scenes
     from qdbev_train.evaluation.inference import open_engine
-    from qdbev_train.evaluation.metrics import official_score, require_devkit
+    from qdbev_train.evaluation.metrics import devkit_tables, official_score, require_devkit, require_tables
 
     require_devkit(args.version, args.split)
     scenes = load_scenes(args.dataroot, args.version, args.split, args.scene)
-    annotated = any(len(frame.annotations.boxes) for frames in scenes.values() for frame in frames)
+    frames = all_frames(scenes)
+    annotated = any(len(frame.annotations.boxes) for frame in frames)
     if not annotated and args.results is None:
         raise DataError(
             f"{args.dataroot} {args.version} {args.split} has no annotations; give --results FILE"
         )
+    where = (args.dataroot, args.version, args.split)
+    if annotated:
+        require_tables(args.dataroot / args.version)
     engine = open_engine(args.model, args.backend)
+    tables = devkit_tables(*where, [frame.sample_token for frame in frames]) if annotated else None
     results, per_frame = _detect(args, engine, scenes)
     timing = "" if per_frame is None else f", {per_frame * 1e3:.0f} ms a frame"
     lost = f" without {', '.join(args.without)}" if args.without else ""
@@ -91,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
     if not annotated:
         print("no annotations here, so no score: this is a file for the nuScenes server")
         return 0
-    score = official_score(args.dataroot, args.version, args.split, results)
+    score = official_score(*where, results, tables)
+    print(score.text())
     if args.json:
         data = {"model": args.model.name, "version": args.version, "split": args.split}
         if args.without:
             data["without"] = args.without
         write_json(args.json, data | score.to_dict() | {"seconds_per_frame": per_frame})
-    print(score.text())
     return 0
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.files import write_text
@@ -21,16 +20,14 @@ class FinishedScenes:
 
     def __init__(self, results: Path, run: Mapping[str, str]) -> None:
         self.path = results.with_name(results.name + ".scenes")
-        self.scenes: dict[str, dict[str, list[Entry]]] = {}
-        lines = self._lines()
-        if lines and lines[0] != dict(run):
-            other = ", ".join(key for key, value in run.items() if lines[0].get(key) != value)
+        before, self.scenes = self._read(dict(run))
+        if before != run:
+            other = ", ".join(key for key in {**run, **before} if before.get(key) != run.get(key))
             raise DataError(
                 f"{self.path}: an unfinished evaluation of another {other}; remove it or go on with that"
             )
-        for line in lines[1:]:
-            self.scenes[line["scene"]] = line["results"]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines or [dict(run)]))
+        kept = [{"scene": name, "results": results} for name, results in self.scenes.items()]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in [before, *kept]))
 
     def add(self, scene: str, results: dict[str, list[Entry]]) -> None:
         """Keeps a finished scene."""
@@ -45,12 +42,12 @@ class FinishedScenes:
         """Everything is in the result file now."""
         self.path.unlink()
 
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        texts = self.path.read_text().splitlines(keepends=True)
+    def _read(self, run: dict[str, str]) -> tuple[dict[str, str], dict[str, dict[str, list[Entry]]]]:
+        """What was evaluated and its finished scenes; `run` and none where there is no file."""
         try:
+            texts = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
             # A line without its end was being written when the run was killed.
-            return [json.loads(text) for text in texts if text.endswith("\n")]
-        except ValueError as error:
+            first, *others = [json.loads(text) for text in texts if text.endswith("\n")] or [run]
+            return {**first}, {line["scene"]: line["results"] for line in others}
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}: damaged; remove it to begin anew") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qdbev_ros.core.errors import DataError
-from qdbev_ros.core.pipeline import CameraFrame, Engine, Pipeline
+from qdbev_ros.core.pipeline import CameraFrame, Engine, PictureError, Pipeline
 from qdbev_ros.core.pipeline import Frame as PipelineFrame
 from qdbev_train.data.frames import Frame
 from qdbev_train.evaluation.finished import FinishedScenes
@@ -40,7 +40,8 @@ def detect(
 ) -> dict[str, list[Entry]]:
     """Result entries of every frame by sample token; each scene begins without memory. Cameras in `without` are lost.
 
-    Scenes that are in `finished` are taken from there, the others are added to it.
+    Scenes that are in `finished` are taken from there, the others are added to it. Raises DataError that names the
+    file where a picture cannot be used.
     """
     by_scene = {} if finished is None else dict(finished.scenes)
     done = sum(len(scene) for name, scene in scenes.items() if name in by_scene)
@@ -51,7 +52,11 @@ def detect(
         for name in [name for name in scenes if name not in by_scene]:
             entries = by_scene[name] = {}
             for frame in scenes[name]:
-                boxes = pipeline.run(pipeline_frame(frame, without)).boxes
+                try:
+                    boxes = pipeline.run(pipeline_frame(frame, without)).boxes
+                except PictureError as error:
+                    files = {c.calibration.name: c.image for c in frame.cameras}
+                    raise DataError(f"{files[error.camera]}: {error}") from error
                 entries[frame.sample_token] = result_entries(
                     frame.sample_token, boxes, frame.lidar2ego, frame.ego2global
                 )

@@ -6,15 +6,17 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qdbev_ros.core.boxes import Boxes
 from qdbev_ros.core.errors import DataError
-from qdbev_train.evaluation.results import Entry, write_results
+from qdbev_ros.core.geometry import Pose
+from qdbev_train.evaluation.results import Entry, result_entries, write_results
 
 _ERRORS = {
     "ATE": "trans_err",
@@ -32,6 +34,10 @@ _VERSION_OF = {  # official split -> end of the version that holds it; splits of
     "mini_val": "mini",
     "test": "test",
 }
+_TABLES = (  # all that the devkit reads
+    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
+    "sample", "sample_data", "sample_annotation", "map",
+)  # fmt: skip
 DISTANCES = ("0.5", "1.0", "2.0", "4.0")  # metres between centres within which a detection is a true one
 
 
@@ -100,13 +106,37 @@ def require_devkit(version: str, split: str) -> None:
         )
 
 
-def official_score(root: Path, version: str, split: str, results: Mapping[str, list[Entry]]) -> Score:
+def require_tables(folder: Path) -> None:
+    """Refuses at once tables that the devkit would refuse later: it reads some that nothing else here needs."""
+    lacking = [f"{name}.json" for name in _TABLES if not (folder / f"{name}.json").is_file()]
+    if lacking:
+        raise DataError(f"{folder}: lacks {', '.join(lacking)}, without which nuscenes-devkit does not score")
+
+
+def devkit_tables(root: Path, version: str, split: str, tokens: Sequence[str]) -> Any:
+    """The samples `tokens` as the devkit reads them, for `official_score`.
+
+    A made-up box is scored on them (3 ms a sample), so that what the devkit refuses in them is known before the first
+    frame. On all of nuScenes the reading takes long, but the score has to do it anyway. Raises DataError.
+    """
+    with _devkit(root / version, split):
+        tables = _SomeSamples(root, version, set(tokens))
+    ones = np.ones((1, 3))
+    box = Boxes(ones, ones, ones[0, :1], ones[:, :2], ones[0, :1], np.zeros(1, np.int64))
+    entries = result_entries(tokens[0], box, Pose.identity(), Pose.identity())
+    official_score(root, version, split, {token: [] for token in tokens} | {tokens[0]: entries}, tables)
+    return tables
+
+
+def official_score(
+    root: Path, version: str, split: str, results: Mapping[str, list[Entry]], tables: Any = None
+) -> Score:
     """Scores the samples that `results` names (empty lists count as nothing seen); all must be of `split`.
 
-    Raises DataError where the devkit is missing or refuses the tables or the results.
+    `tables` are what `devkit_tables` gave for these samples; without, they are read here. Raises DataError where the
+    devkit is missing or refuses the tables or the results.
     """
     require_devkit(version, split)
-    from nuscenes import NuScenes
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.detection.evaluate import DetectionEval
 
@@ -114,15 +144,14 @@ def official_score(root: Path, version: str, split: str, results: Mapping[str, l
     boxes = sum(len(entries) for entries in results.values())
     if not boxes:
         return _nothing_seen(config.class_names, len(results))
-    with tempfile.TemporaryDirectory(prefix="qdbev-eval-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="qdbev-eval-") as folder:
         path = Path(folder) / "results.json"
         write_results(path, results)
-        try:
-            tables = _SomeSamples(NuScenes(version=version, dataroot=str(root), verbose=False), set(results))
+        with _devkit(root / version, split):
+            if tables is None:
+                tables = _SomeSamples(root, version, set(results))
             evaluation = DetectionEval(tables, config, str(path), split, folder, verbose=False)
             metrics, _ = evaluation.evaluate()
-        except (AssertionError, KeyError, ValueError, OSError) as error:
-            raise DataError(f"{root / version}, split {split}: the devkit refuses: {error}") from error
     summary = metrics.serialize()
     return Score(
         nds=float(summary["nd_score"]),
@@ -146,9 +175,11 @@ def _class_score(summary: Mapping[str, Any], name: str) -> ClassScore:
 class _SomeSamples:
     """The devkit's tables with fewer samples: the devkit scores all samples of a split or none."""
 
-    def __init__(self, tables: Any, tokens: set[str]) -> None:
-        self._tables = tables
-        self.sample = [s for s in tables.sample if s["token"] in tokens]
+    def __init__(self, root: Path, version: str, tokens: set[str]) -> None:
+        from nuscenes import NuScenes
+
+        self._tables = NuScenes(version=version, dataroot=str(root), verbose=False)
+        self.sample = [s for s in self._tables.sample if s["token"] in tokens]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tables, name)
@@ -161,7 +192,11 @@ def _nothing_seen(classes: list[str], frames: int) -> Score:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Swallows the devkit's progress bars and prints."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+def _devkit(folder: Path, split: str) -> Iterator[None]:
+    """Swallows the devkit's bars and prints; what it raises, of whatever type, becomes a DataError of one line."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{folder}, split {split}: the devkit refuses: {words}") from error

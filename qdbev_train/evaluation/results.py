@@ -80,7 +80,7 @@ def write_results(path: Path, results: Mapping[str, list[Entry]]) -> None:
 def read_results(path: Path, tokens: Sequence[str], split: str) -> tuple[dict[str, list[Entry]], int]:
     """(the entries of the samples `tokens`, number of other samples in the file) of a nuScenes result file.
 
-    Raises DataError where it is no such file or lacks one of the samples.
+    Raises DataError where it is no such file, lacks one of the samples or has no list of boxes for it.
     """
     try:
         results = json.loads(path.read_bytes())["results"]
@@ -95,4 +95,7 @@ def read_results(path: Path, tokens: Sequence[str], split: str) -> tuple[dict[st
             f"{path}: lacks {len(lacking)} of the {len(tokens)} samples of {split}, first {lacking[0]}; every sample "
             "needs a list, an empty one where nothing was seen"
         )
+    for token, entries in found.items():
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(f"{path}: sample {token} holds no list of boxes but {str(entries)[:40]}")
     return found, len(results) - len(found)

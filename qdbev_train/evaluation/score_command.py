@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """example:
   qdbev score out/demo/detections.mcap data/nuscenes --version v1.0-mini --split mini_val
+  qdbev score run.mcap data/own --version v1.0-trainval --split val --preset rig.yaml
   qdbev score out/results.json data/nuscenes --version v1.0-trainval --split val"""
 LISTED = 10  # unanswered samples that are named on the terminal; all are in the JSON file
 
@@ -39,6 +40,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="recording with the node's ~/objects (or ~/detections), or nuScenes result file (.json)",
     )
     add_data_arguments(parser)
+    parser.add_argument(
+        "--preset",
+        metavar="NAME|FILE",
+        help="the node's preset or remapping file (.yaml), where a recording's boxes are in a frame of another name",
+    )
     parser.set_defaults(run=run)
 
 
@@ -63,13 +69,13 @@ def _score_file(args: argparse.Namespace, scenes: Scenes) -> int:
     tokens = [frame.sample_token for frame in all_frames(scenes)]
     results, others = read_results(args.bag, tokens, args.split)
     score = official_score(args.dataroot, args.version, args.split, results)
-    if args.json:
-        data = {"results": args.bag.name, "version": args.version, "split": args.split}
-        write_json(args.json, data | score.to_dict())
     print(f"{args.bag}, {args.dataroot} {args.version} {args.split}")
     if others:
         print(f"{others} samples of other scenes left out")
     print(score.text())
+    if args.json:
+        data = {"results": args.bag.name, "version": args.version, "split": args.split}
+        write_json(args.json, data | score.to_dict())
     return 0
 
 
@@ -79,9 +85,16 @@ def _score_bag(args: argparse.Namespace, scenes: Scenes) -> int:
     from qdbev_train.evaluation.recording import match, read_answers
 
     topic, answers = read_answers(args.bag)
-    matched = match(answers, scenes)
+    matched = match(answers, scenes, args.preset)
     score = official_score(args.dataroot, args.version, args.split, matched.results)
     answered = len(matched.results) - len(matched.unanswered)
+    print(
+        f"{args.bag}: {len(answers)} messages on {topic}; {answered} of {len(matched.results)} samples answered"
+    )
+    if answers[0].attributes is None:
+        print("the recording has no ~/objects: velocities are unknown and count as 0")
+    _say_what_did_not_fit(matched)
+    print(score.text())
     if args.json:
         data = {
             "bag": args.bag.name,
@@ -93,20 +106,14 @@ def _score_bag(args: argparse.Namespace, scenes: Scenes) -> int:
             "foreign": matched.foreign,
         }
         write_json(args.json, data | score.to_dict())
-    print(
-        f"{args.bag}: {len(answers)} messages on {topic}; {answered} of {len(matched.results)} samples answered"
-    )
-    if answers[0].attributes is None:
-        print("the recording has no ~/objects: velocities are unknown and count as 0")
-    _say_what_did_not_fit(matched)
-    print(score.text())
     return 0
 
 
 def _say_what_did_not_fit(matched: Matched) -> None:
     if matched.repeated:
         print(
-            f"{matched.repeated} further answers for samples that had one (a looped bag?): the first one counts"
+            f"{matched.repeated} further answers for samples that had one (a looped bag, or more than 10 a second): "
+            "the nearest in time counts, of equally near ones the first"
         )
     if matched.foreign:
         print(f"{matched.foreign} answers at no sample's time, left out")

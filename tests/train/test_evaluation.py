@@ -16,12 +16,15 @@ from qdbev_ros.core.variant import CAMERAS, CLASSES, load_variant
 from qdbev_train.checkpoint import read_tensors, save_model, write_tensors
 from qdbev_train.cli import main
 from qdbev_train.data.tables import all_frames, load_scenes
+from qdbev_train.evaluation import inference
 from qdbev_train.evaluation.inference import detect, open_engine
 from qdbev_train.evaluation.metrics import official_score
 from qdbev_train.evaluation.results import write_results
 from qdbev_train.model import build_model
-from tests.small_dataset import VERSION
+from tests.small_dataset import FRAMES, SCENES, VERSION
 from tests.truth import truth_entries
+
+TOKENS = [f"{scene}-{frame}" for scene in SCENES for frame in range(FRAMES)]
 
 pytest.importorskip("nuscenes", reason="nuscenes-devkit isn't installed")
 
@@ -165,6 +168,77 @@ def test_without_annotations_there_is_a_file_for_the_server_and_no_score(
     assert len(json.loads((tmp_path / "r.json").read_text())["results"]) == 8
 
 
+def copied(root: Path, tmp_path: Path) -> Path:
+    """The small data set once more, to be damaged."""
+    shutil.copytree(root, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def one_line(captured: Any) -> str:
+    """The one line of complaint; progress bars aside."""
+    lines: list[str] = [line for line in captured.err.splitlines() if "qdbev: error: " in line]
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_a_table_that_only_the_devkit_needs_is_missed_before_the_model_is_opened(
+    small_root: Path,
+    random_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = copied(small_root, tmp_path)
+    (root / VERSION / "map.json").unlink()
+    monkeypatch.setattr(inference, "open_engine", lambda *_: pytest.fail("the model was opened"))
+    assert evaluate(random_checkpoint, root) == 2
+    assert "map.json" in one_line(capsys.readouterr())
+
+
+def test_truth_that_the_devkit_refuses_is_refused_before_the_first_frame(
+    small_root: Path,
+    random_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two attributes at one annotation: the devkit raises a bare Exception."""
+    root = copied(small_root, tmp_path)
+    table = root / VERSION / "sample_annotation.json"
+    rows = json.loads(table.read_text())
+    rows[0]["attribute_tokens"] *= 2
+    table.write_text(json.dumps(rows))
+    monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("a frame was run"))
+    assert evaluate(random_checkpoint, root) == 2
+    assert "must not have more than one attribute" in one_line(capsys.readouterr())
+
+
+def test_a_json_file_that_cannot_be_written_does_not_cost_the_score(
+    small_root: Path, random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, results = tmp_path / "folder", tmp_path / "results.json"
+    folder.mkdir()
+    files = ["--scene", "scene-0916", "--results", str(results), "--json", str(folder)]
+    assert evaluate(random_checkpoint, small_root, *files) == 2
+    captured = capsys.readouterr()
+    assert "NDS" in captured.out
+    assert str(folder) in one_line(captured)
+    arguments = [str(results), str(small_root), "--version", VERSION, "--split", "mini_val"]
+    assert main(["score", *arguments, "--scene", "scene-0916", "--json", str(folder)]) == 2
+    assert "NDS" in capsys.readouterr().out
+
+
+def test_a_picture_that_is_no_picture_is_named_by_its_file(
+    small_root: Path, random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copied(small_root, tmp_path)
+    picture = sorted((root / "samples" / "CAM_FRONT").iterdir())[2]
+    picture.write_bytes(b"")
+    assert evaluate(random_checkpoint, root) == 2
+    assert picture.name in one_line(capsys.readouterr())
+
+
 def test_a_tiny_with_random_weights_runs_over_real_frames_and_is_scored(
     nuscenes_root: Path, real_frames: Any, tmp_path: Path
 ) -> None:
@@ -268,6 +342,13 @@ def test_a_result_file_is_scored_like_the_evaluation_that_wrote_it(small_root: P
         ('{"meta": {}}', "not a nuScenes result file"),
         ("[1, 2]", "not a nuScenes result file"),
         ("{", "not a nuScenes result file"),
+        *[
+            (
+                json.dumps({"results": dict.fromkeys(TOKENS, entries)}),
+                "sample scene-0103-0 holds no list of boxes",
+            )
+            for entries in (None, 5, "car", [[1]])
+        ],
     ],
 )
 def test_a_result_file_that_cannot_be_scored_is_refused(
@@ -279,3 +360,15 @@ def test_a_result_file_that_cannot_be_scored_is_refused(
     error = capsys.readouterr().err
     assert f"{path}: {message}" in error
     assert error.count("\n") == 1
+
+
+def test_a_box_that_the_devkit_cannot_use_is_refused(
+    small_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = all_frames(load_scenes(small_root, VERSION, "mini_val"))
+    results = {f.sample_token: truth_entries(f) for f in frames}
+    results[TOKENS[0]][0]["velocity"] = None
+    write_results(tmp_path / "results.json", results)
+    arguments = [str(tmp_path / "results.json"), str(small_root), "--version", VERSION, "--split", "mini_val"]
+    assert main(["score", *arguments]) == 2
+    assert "the devkit refuses" in one_line(capsys.readouterr())

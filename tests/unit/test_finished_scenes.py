@@ -65,3 +65,23 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"r\.json\.scenes: cannot be written"):
         FinishedScenes(tmp_path / "file" / "r.json", RUN)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\n", b"[]\n", b"{\n", b'{"model": "0", "engine": "auto"}\n[1]\n']
+)
+def test_a_file_that_is_none_of_ours_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r.json.scenes").write_bytes(content)
+    with pytest.raises(DataError, match=r"r\.json\.scenes: damaged; remove it to begin anew"):
+        FinishedScenes(tmp_path / "r.json", RUN)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [(RUN | {"lost": "CAM_BACK"}, RUN), (RUN, RUN | {"lost": "CAM_BACK"})]
+)
+def test_what_differs_is_named_also_where_only_one_run_has_it(
+    tmp_path: Path, before: dict[str, str], now: dict[str, str]
+) -> None:
+    FinishedScenes(tmp_path / "r.json", before)
+    with pytest.raises(DataError, match="an unfinished evaluation of another lost; remove it"):
+        FinishedScenes(tmp_path / "r.json", now)
