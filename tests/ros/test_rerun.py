@@ -208,5 +208,5 @@ def test_what_cannot_be_shown_is_refused_in_one_line(
     (tmp_path / "file").touch()
     assert main(["rerun", str(short_bag), str(recording), str(tmp_path / "file" / "x.rrd")]) == 2
     error = capsys.readouterr().err
-    assert "file: cannot be written to" in error
+    assert "file/x.rrd: cannot be written: " in error
     assert error.count("\n") == 1
