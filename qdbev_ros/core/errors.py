@@ -30,6 +30,10 @@ class EngineError(QdbevError):
     """An inference engine is not available or does not compute what it should."""
 
 
+class EngineMissing(EngineError):
+    """What an inference engine needs is not installed, or there is no GPU for it."""
+
+
 def install_hint(error: ImportError) -> str:
     """What cannot be imported, and what brings it: colcon and rosdep don't bring all Python packages."""
     return f"{error}: {sys.executable} -m pip install -r requirements/node.txt"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qdbev_ros.core.errors import EngineError, install_hint
+from qdbev_ros.core.errors import EngineError, EngineMissing, install_hint
 from qdbev_ros.engine.cache import EngineKey, cpu_name
 from qdbev_ros.engine.package import Package
 from qdbev_ros.engine.runner import Runner
@@ -58,7 +58,7 @@ def _onnxruntime(package: Package, threads: int | None) -> Opened:
         from qdbev_ros.engine.onnxruntime_runner import OnnxRuntimeRunner
         from qdbev_ros.engine.stage_outputs import with_stage_outputs
     except ImportError as error:
-        raise EngineError(f"the onnxruntime engine cannot run here: {install_hint(error)}") from error
+        raise EngineMissing(f"the onnxruntime engine cannot run here: {install_hint(error)}") from error
     runner = OnnxRuntimeRunner(with_stage_outputs(package.model), threads)
     # The description tells whether the deformable kernel could be built.
     key = _cpu_key(package, "onnxruntime", onnxruntime.__version__, runner.description)
@@ -72,7 +72,7 @@ def _openvino(package: Package, threads: int | None) -> Opened:
         from qdbev_ros.engine.openvino_runner import OpenVinoRunner
         from qdbev_ros.engine.stage_outputs import with_stage_outputs
     except ImportError as error:
-        raise EngineError(
+        raise EngineMissing(
             f"the openvino engine needs OpenVINO (pip install -r requirements/openvino.txt): {error}"
         ) from error
     runner = OpenVinoRunner(with_stage_outputs(package.model), threads)
@@ -84,7 +84,7 @@ def _tensorrt(package: Package, threads: int | None) -> Opened:
 
     reason = missing()
     if reason is not None:
-        raise EngineError(f"the tensorrt engine cannot run here: {reason}")
+        raise EngineMissing(f"the tensorrt engine cannot run here: {reason}")
     from qdbev_ros.engine.tensorrt_engine import open_tensorrt
 
     return open_tensorrt(package, Cuda())

@@ -30,13 +30,13 @@ class GateFrame:
 
 
 def gate_frames(variant: Variant) -> tuple[GateFrame, ...]:
-    """Two frames of a drive: one without history, one with that of the first, 2 m and 3 degrees further on."""
+    """Two frames of a drive: one without history, one with that of the first, 8 m and 20 degrees further on."""
     random = np.random.Generator(np.random.PCG64(_SEED))
     rig = _rig(variant.image)
     still, moved = np.zeros(CAN_BUS_SIZE, np.float32), np.zeros(CAN_BUS_SIZE, np.float32)
     still[3] = moved[3] = 1.0
     still[9] = moved[9] = 9.81
-    moved[0:2], moved[13], moved[16], moved[17] = (1.6, 1.2), 4.0, 0.64, 3.0
+    moved[0:2], moved[13], moved[16], moved[17] = (6.4, 4.8), 16.0, 0.64, 20.0
     return (
         GateFrame(_pictures(random, variant.image), rig, still, True),
         GateFrame(_pictures(random, variant.image), rig, moved, False),

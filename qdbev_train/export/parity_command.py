@@ -4,21 +4,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdbev_ros.core.errors import EngineError
+from qdbev_ros.core.errors import EngineError, EngineMissing
 
 if TYPE_CHECKING:
     from qdbev_ros.engine.package import Package
-    from qdbev_ros.engine.parity import Outputs, StageResult, Verdict
+    from qdbev_ros.engine.parity import Figures, Outputs, Verdict
+
+    Outcome = Verdict | EngineError
 
 EXAMPLE = """example:
   qdbev parity demo/nano.qdbev
   qdbev parity nano.qdbev --checkpoint out/compress/nano_town/model.safetensors --json parity.json
-Exit status 2 where an engine computes something else than the package says."""
+Exit status 2 where an engine is there and fails, or computes something else than the package says."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,97 +50,98 @@ def run(args: argparse.Namespace) -> int:
 
     from qdbev_ros.engine.backends import BACKENDS, check_backend
     from qdbev_ros.engine.package import read_package
-    from qdbev_ros.engine.parity import reference_outputs, settle
+    from qdbev_ros.engine.parity import make_reference
 
     names = args.backend or [name for name in BACKENDS if name != "auto"]
     for name in names:
         check_backend(name, args.threads)
     package = read_package(args.package)
-    jobs: dict[str, Callable[[list[Outputs]], Verdict]] = {}
+    jobs: dict[str, Callable[[], Sequence[Outputs]]] = {}
     if args.checkpoint is not None:
-        jobs["pytorch"] = lambda reference: _torch(package, args.checkpoint, reference)
+        jobs["pytorch"] = lambda: _torch(package, args.checkpoint)
     for name in names:
-        jobs[name] = lambda reference, name=name: _engine(package, name, args.threads, reference)  # type: ignore[misc]
+        jobs[name] = lambda name=name: _engine(package, name, args.threads)  # type: ignore[misc]
+    outcomes: dict[str, Outcome] = {}
     with tqdm(total=len(jobs) + 1, desc="parity", unit=" engines", disable=None) as bar:
-        reference = reference_outputs(package.model, package, args.threads)
+        reference = make_reference(package, args.threads)
         bar.update()
-        verdicts: dict[str, Verdict | None] = {}
-        reasons: dict[str, str] = {}
         for name, job in jobs.items():
             try:
-                verdicts[name] = settle(job(reference), package, reference, args.threads)
+                outcomes[name] = reference.verdict(job())
             except EngineError as error:
-                verdicts[name], reasons[name] = None, str(error)
+                outcomes[name] = error
             bar.update()
-    print(_table(verdicts, reasons))
+    print(_table(reference.limits, outcomes))
     if args.json:
-        _write(args.json, package, verdicts, reasons)
-    failed = [name for name, verdict in verdicts.items() if verdict is not None and not verdict.passed]
-    missing = [name for name in args.backend or [] if verdicts[name] is None]
-    if failed or missing:
-        raise EngineError(f"{args.package}: {', '.join(failed + missing)} must not run this package here")
+        _write(args.json, package, outcomes)
+    refused = [name for name, outcome in outcomes.items() if _refused(outcome, name in (args.backend or ()))]
+    if refused:
+        raise EngineError(f"{args.package}: {', '.join(refused)} must not run this package here")
     return 0
 
 
-def _engine(package: Package, name: str, threads: int | None, reference: list[Outputs]) -> Verdict:
+def _refused(outcome: Outcome, asked_for: bool) -> bool:
+    """An engine that is not installed is no failure, unless it was asked for."""
+    if isinstance(outcome, EngineError):
+        return asked_for or not isinstance(outcome, EngineMissing)
+    return not outcome.passed
+
+
+def _engine(package: Package, name: str, threads: int | None) -> Sequence[Outputs]:
     from qdbev_ros.engine.backends import open_runner
     from qdbev_ros.engine.engine import Engine
-    from qdbev_ros.engine.parity import judge
+    from qdbev_ros.engine.parity import gate_answers
 
-    return judge(package, Engine(package, open_runner(package, name, threads).runner), reference)
+    return gate_answers(package, Engine(package, open_runner(package, name, threads).runner))
 
 
-def _torch(package: Package, checkpoint: Path, reference: list[Outputs]) -> Verdict:
+def _torch(package: Package, checkpoint: Path) -> Sequence[Outputs]:
     """The fake-quantised model on the same frames."""
     import torch
 
     from qdbev_ros.engine.master import FEATURES
-    from qdbev_ros.engine.parity import Verdict, compare
     from qdbev_ros.engine.parity_frames import gate_frames
     from qdbev_train.checkpoint import load_model
 
     model = load_model(checkpoint)[0].eval()
-    results: list[StageResult] = []
+    answers: list[Outputs] = []
     bev = None
-    for number, (frame, wanted) in enumerate(zip(gate_frames(package.variant), reference, strict=True)):
+    for frame in gate_frames(package.variant):
         arrays = (frame.images, frame.lidar2img, frame.can_bus)
         with torch.inference_mode():
-            history = None if bev is None else torch.tensor(bev)[None]
-            out = model(*(torch.tensor(array)[None] for array in arrays), history)
+            out = model(*(torch.tensor(array)[None] for array in arrays), None if frame.first else bev)
+        bev = out.bev
         got = {f"{FEATURES}{i}": maps[0].numpy() for i, maps in enumerate(out.image_features)}
-        got |= {"bev": out.bev[0].numpy(), "boxes": out.boxes[-1, 0].numpy()}
-        got |= {"class_logits": out.class_logits[-1, 0].numpy()}
-        results += compare(number, wanted, got)
-        bev = wanted["bev"]
-    return Verdict(tuple(results))
+        got |= {"bev": bev[0].numpy(), "boxes": out.boxes[-1, 0].numpy()}
+        answers.append(got | {"class_logits": out.class_logits[-1, 0].numpy()})
+    return answers
 
 
-def _table(verdicts: dict[str, Verdict | None], reasons: dict[str, str]) -> str:
+def _table(limits: dict[str, Figures], outcomes: dict[str, Outcome]) -> str:
     """Spread and shift of every stage, the worse of the frames."""
-    stages = ("image features", "BEV", "class logits", "boxes")
-    lines = [f"{'spread / shift':<14}" + "".join(f"{stage:>18}" for stage in stages)]
-    for name, verdict in verdicts.items():
-        if verdict is None:
-            lines.append(f"{name:<14}  {reasons[name]}")
+    lines = [f"{'spread / shift':<14}" + "".join(f"{stage:>18}" for stage in limits)]
+    cells = "".join(f"{f'{most.spread:.3f} / {most.shift:.3f}':>18}" for most in limits.values())
+    lines.append(f"{'limit':<14}{cells}")
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, EngineError):
+            lines.append(f"{name:<14}  {outcome}")
             continue
-        cells = []
-        for stage in stages:
-            own = [result for result in verdict.results if result.stage == stage]
+        cells = ""
+        for stage in limits:
+            own = [result for result in outcome.results if result.stage == stage]
             worst = [max(r.spread for r in own), max(r.shift for r in own)] if own else []
-            cells.append(f"{' / '.join(f'{figure:.3f}' for figure in worst) or '-':>18}")
-        lines.append(f"{name:<14}{''.join(cells)}  {'passed' if verdict.passed else 'FAILED'}")
+            cells += f"{' / '.join(f'{figure:.3f}' for figure in worst) or '-':>18}"
+        lines.append(f"{name:<14}{cells}  {'passed' if outcome.passed else 'FAILED'}")
     return "\n".join(lines)
 
 
-def _write(
-    path: Path, package: Package, verdicts: dict[str, Verdict | None], reasons: dict[str, str]
-) -> None:
+def _write(path: Path, package: Package, outcomes: dict[str, Outcome]) -> None:
     from qdbev_ros.core.files import write_json
 
     engines: dict[str, Any] = {
-        name: {"reason": reasons[name]}
-        if verdict is None
-        else {"passed": verdict.passed, "results": [asdict(result) for result in verdict.results]}
-        for name, verdict in verdicts.items()
+        name: {"reason": str(outcome)}
+        if isinstance(outcome, EngineError)
+        else {"passed": outcome.passed, "results": [asdict(result) for result in outcome.results]}
+        for name, outcome in outcomes.items()
     }
     write_json(path, {"package": str(package.path), "sha256": package.sha256, "engines": engines})

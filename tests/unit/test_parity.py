@@ -17,8 +17,9 @@ from qdbev_ros.core.errors import EngineError
 from qdbev_ros.engine import load_package, parity, read_package, stage_outputs
 from qdbev_ros.engine.engine import Engine
 from qdbev_ros.engine.graph import pack_int4, unpack_int4
+from qdbev_ros.engine.master import OUTPUTS
 from qdbev_ros.engine.package import Package
-from qdbev_ros.engine.parity import LIMITS, compare, demand, judge, reference_outputs, rounding_alone
+from qdbev_ros.engine.parity import LEAST, MOST, Figures, compare, demand, judge, limits, make_reference
 from qdbev_ros.engine.parity_frames import gate_frames
 from qdbev_ros.engine.reference_runner import ReferenceRunner
 from qdbev_ros.engine.stage_outputs import with_stage_outputs
@@ -75,7 +76,7 @@ def verdict_of(package: Package, edit: Edit | None) -> parity.Verdict:
     if edit is not None:
         edit(model)
     runner = ReferenceRunner(with_stage_outputs(model.SerializeToString()), 1)
-    return judge(package, Engine(package, runner), reference_outputs(package.model, package, 1))
+    return judge(package, Engine(package, runner), make_reference(package, 1))
 
 
 def test_the_reference_agrees_with_itself_to_the_bit(package: Package) -> None:
@@ -83,7 +84,7 @@ def test_the_reference_agrees_with_itself_to_the_bit(package: Package) -> None:
     assert verdict.passed
     assert all((r.spread, r.shift) == (0.0, 0.0) for r in verdict.results)
     stages = {r.stage for r in verdict.results}
-    assert stages == set(LIMITS)
+    assert stages == {"image features", "BEV", "class logits", "boxes"}
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -126,16 +127,41 @@ def test_an_answer_of_another_shape_is_no_pass() -> None:
     wanted = {"bev": np.ones((4, 2), np.float32), "class_logits": np.ones((4, 2), np.float32)}
     wanted["boxes"] = wanted["bev"]
     got = wanted | {"bev": np.ones((2, 4), np.float32)}
-    assert [r.passed for r in compare(0, wanted, got)] == [False, True, True]
+    most = dict.fromkeys(("BEV", "class logits", "boxes"), MOST)
+    verdict = parity.Reference((wanted,), most).verdict([got])
+    assert [r.passed for r in verdict.results] == [False, True, True]
 
 
-def test_limits_grow_only_with_what_rounding_does_to_the_reference_itself(package: Package) -> None:
-    reference = reference_outputs(package.model, package, 1)
-    rounding = rounding_alone(package, reference, 1)
-    verdict = verdict_of(package, other_sign).beside(rounding)
-    assert not verdict.passed
-    wild = parity.Verdict(tuple(parity.replace(r, spread=9.0, shift=9.0) for r in rounding.results))
-    assert verdict.beside(wild).passed
+def test_limits_are_twice_what_rounding_does_within_bounds() -> None:
+    assert limits(Figures(0.0, 0.0)) == LEAST
+    assert limits(Figures(0.15, 0.25)) == Figures(0.30, 0.50)
+    assert limits(Figures(0.15, 0.0)) == Figures(0.30, LEAST.shift)
+    assert limits(Figures(9.0, 9.0)) == MOST
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_however_much_rounding_does_zeros_and_anything_are_refused(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    wanted = {name: random.normal(size=(400, 8)).astype(np.float32) for name in OUTPUTS}
+    zeros = {name: np.zeros_like(array) for name, array in wanted.items()}
+    anything = {name: random.permutation(array) for name, array in wanted.items()}
+    wild = limits(Figures(9.0, 9.0))
+    reference = parity.Reference((wanted,), dict.fromkeys(("BEV", "class logits", "boxes"), wild))
+    for answer in (zeros, anything):
+        assert not any(result.passed for result in reference.verdict([answer]).results)
+
+
+def test_what_is_wrong_in_one_area_shows_where_flips_everywhere_do_not() -> None:
+    """Two differences of one spread: one falls to both sides alike, the other one is where the memory was shifted."""
+    random = np.random.default_rng(0)
+    wanted = {name: random.normal(size=(1600, 8)).astype(np.float32) for name in OUTPUTS}
+    flips, area = np.zeros((2, 1600, 8), np.float32)
+    flips[::16] = random.choice([-1.0, 1.0], size=(100, 8))
+    area[:100] = 1.0
+    got = [{name: array + change for name, array in wanted.items()} for change in (flips, area)]
+    scattered, gathered = (compare(wanted, answer)["BEV"] for answer in got)
+    assert scattered.spread == pytest.approx(gathered.spread, rel=0.01)
+    assert gathered.shift > 2 * scattered.shift
 
 
 def test_the_verdict_is_kept_and_found_again(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from qdbev_ros.core.variant import load_variant
 from qdbev_ros.engine import cuda, tensorrt_build, tensorrt_engine, tensorrt_runner
 from qdbev_ros.engine.engine import Engine
 from qdbev_ros.engine.package import Package, read_package
-from qdbev_ros.engine.parity import judge, reference_outputs
+from qdbev_ros.engine.parity import judge, make_reference
 from qdbev_ros.engine.reference_runner import ReferenceRunner
 from qdbev_ros.engine.stage_outputs import with_stage_outputs
 from qdbev_ros.engine.tensorrt_build import TableShapes, build_engine, device_graph, row_block
@@ -176,10 +176,17 @@ def on_host(package: Package, cuda: HostCuda) -> TensorRtRunner:
 
 
 def test_the_runner_computes_what_the_package_says(package: Package, runner: TensorRtRunner) -> None:
-    verdict = judge(package, Engine(package, runner), reference_outputs(package.model, package, 1))
+    verdict = judge(package, Engine(package, runner), make_reference(package, 1))
     assert verdict.passed
     assert {r.stage for r in verdict.results} >= {"image features", "BEV"}
     assert max(r.spread for r in verdict.results) < 0.1
+
+
+def test_the_gate_sees_a_map_that_gets_lost_on_the_device(
+    package: Package, runner: TensorRtRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner._cuda, "move", lambda *_: None)
+    assert not judge(package, Engine(package, runner), make_reference(package, 1)).passed
 
 
 def test_the_map_stays_on_the_device_between_frames(package: Package, runner: TensorRtRunner) -> None:
