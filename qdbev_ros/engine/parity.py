@@ -46,7 +46,7 @@ class Figures:
     shift: float
 
 
-# Limits are FACTOR times what rounding alone does to the reference; one rounding was seen to do 1.6 times what another
+# Limits are FACTOR times what rounding alone does to the reference; one rounding was seen to do 1.7 times what another
 # does. At least LEAST: in small networks a flip or two are all that rounding does, and another machine may see none. At
 # most MOST: an answer of nothing but zeros has a spread of 1.
 FACTOR = 2.0
