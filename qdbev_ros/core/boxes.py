@@ -124,10 +124,11 @@ def decode_boxes(class_logits: NDArray[np.floating[Any]], codes: NDArray[np.floa
     order = np.argsort(-scores, kind="stable")[:MAX_DETECTIONS]
     code = codes[order // n_classes].astype(np.float64)
     centers = code[:, [0, 1, 4]]
+    sin, cos = np.ascontiguousarray(code.T[6:8])  # see Boxes.transformed
     boxes = Boxes(
         centers=centers,
         sizes=np.exp(np.clip(code[:, [2, 3, 5]], -5.0, 5.0)),
-        yaws=(-np.arctan2(code[:, 6], code[:, 7]) - np.pi / 2 + np.pi) % (2 * np.pi) - np.pi,
+        yaws=(-np.arctan2(sin, cos) - np.pi / 2 + np.pi) % (2 * np.pi) - np.pi,
         velocities=code[:, 8:10],
         scores=scores[order],
         labels=(order % n_classes).astype(np.int64),

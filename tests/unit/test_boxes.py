@@ -127,3 +127,12 @@ def test_arrays_that_do_not_fit_together_are_refused() -> None:
     )
     with pytest.raises(DataError, match=r"sizes has shape \(1, 3\)"):
         replace(good, sizes=np.ones((1, 3)))
+
+
+def test_the_same_numbers_give_the_same_boxes_to_the_last_bit_wherever_they_lie_in_memory() -> None:
+    rng = np.random.default_rng(2)
+    logits, codes = rng.normal(size=(900, 10)), rng.normal(size=(900, 10))
+    first, moved = decode_boxes(logits, codes).yaws, []
+    for size in rng.integers(1, 5000, 300):
+        moved.append(np.empty(size))  # so that the next arrays lie elsewhere
+        np.testing.assert_array_equal(decode_boxes(logits, codes).yaws, first)
