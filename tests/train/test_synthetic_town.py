@@ -24,9 +24,11 @@ from qdbev_ros.core.errors import QdbevError
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_train.synthetic import command
 from qdbev_train.synthetic.plan import plan_scene
-from qdbev_train.synthetic.rig import CAMERA_OFFSET_US
+from qdbev_train.synthetic.rig import CAMERA_OFFSET_US, cameras
+from qdbev_train.synthetic.tables import can_bus_poses, frame_tables
 
 FRAMES = 4
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "town"
 
 
 def synth(out: Path, *options: str) -> int:
@@ -152,6 +154,25 @@ def test_the_devkit_gives_the_annotations_themselves_full_marks(tables: NuScenes
 def test_the_same_seed_gives_the_same_bytes(town: Path, tmp_path: Path) -> None:
     synth(tmp_path, "--split", "mini_val", "--scenes", "2", "--seed", "5", "--frames", str(FRAMES))
     assert files(tmp_path) == files(town)
+
+
+def test_the_scene_of_the_demo_is_still_what_its_seed_gives() -> None:
+    """Places, headings and times of the committed scene; another generation has to raise GENERATION."""
+    plan = plan_scene("scene-0103", 2004, 34)
+    made = frame_tables(plan, cameras((400, 225)), (400, 225))
+    for table in ("ego_pose", "calibrated_sensor"):
+        committed = {r["token"]: r for r in json.loads((DEMO / "v1.0-mini" / f"{table}.json").read_text())}
+        assert committed.keys() == {row["token"] for row in made[table]}
+        for row in made[table]:
+            for key, value in row.items():
+                expected = committed[row["token"]][key]
+                if key in ("translation", "rotation", "camera_intrinsic"):
+                    np.testing.assert_allclose(value, expected, atol=1e-6)
+                else:
+                    assert value == expected, key
+    committed = json.loads((DEMO / "can_bus" / "scene-0103_pose.json").read_text())
+    orientations = [row["orientation"] for row in can_bus_poses(plan.town, "scene-0103")]
+    np.testing.assert_allclose(orientations, [row["orientation"] for row in committed], atol=1e-6)
 
 
 def test_splits_merge_and_finished_scenes_are_kept(tmp_path: Path) -> None:
