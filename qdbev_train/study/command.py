@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 EXAMPLE = """example:
@@ -28,13 +29,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from qdbev_train.evaluation.metrics import require_devkit
+    from qdbev_train.evaluation.metrics import require_devkit, require_tables
     from qdbev_train.study.config import read_study
     from qdbev_train.study.report import write_report
     from qdbev_train.study.run import run_study
 
     config = read_study(args.config)
-    require_devkit(config.base["data"]["version"], config.split)
+    data = config.base["data"]
+    require_devkit(data["version"], config.split)
+    require_tables(Path(data["root"]) / data["version"])
     if not args.report:
         run_study(config)
     for path in write_report(config):

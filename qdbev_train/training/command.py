@@ -45,9 +45,10 @@ def run(args: argparse.Namespace) -> None:
 
     config = read_config(args.config, TrainConfig)
     if config.evaluation is not None:
-        from qdbev_train.evaluation.metrics import require_devkit
+        from qdbev_train.evaluation.metrics import require_devkit, require_tables
 
         require_devkit(config.data.version, config.evaluation.split)
+        require_tables(Path(config.data.root) / config.data.version)
     data = training_data(config)
     model, variant, quantisation = starting_model(config, data)
     evaluate = partial(official_scores, config) if config.evaluation is not None else None

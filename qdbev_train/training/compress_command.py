@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 EXAMPLE = """example:
@@ -35,9 +36,10 @@ def run(args: argparse.Namespace) -> None:
 
     config = read_compression(args.config)
     if config.evaluation is not None:
-        from qdbev_train.evaluation.metrics import require_devkit
+        from qdbev_train.evaluation.metrics import require_devkit, require_tables
 
         require_devkit(config.data.version, config.evaluation.split)
+        require_tables(Path(config.data.root) / config.data.version)
     path = compress(config)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one speaks
         print(f"wrote {path}")
