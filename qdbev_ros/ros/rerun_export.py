@@ -216,9 +216,8 @@ def _blueprint() -> Any:
 def _save(stream: Any, path: Path) -> None:
     """Has the stream write to `path`. Raises ConfigError where nothing can be written there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         stream.save(path, default_blueprint=_blueprint())
-    except (OSError, RuntimeError) as error:  # Rerun's own is the latter
+    except RuntimeError as error:  # Rerun's own
         raise ConfigError(f"{path.parent}: cannot be written to: {' '.join(str(error).split())}") from error
 
 
