@@ -37,3 +37,8 @@ class EngineMissing(EngineError):
 def install_hint(error: ImportError) -> str:
     """What cannot be imported, and what brings it: colcon and rosdep don't bring all Python packages."""
     return f"{error}: {sys.executable} -m pip install -r requirements/node.txt"
+
+
+def one_line(error: Exception) -> str:
+    """What an error of somebody else's says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -124,6 +124,11 @@ def keep(path: Path, content: bytes) -> None:
         LOG.warning("%s; it will be made again at the next start", error)
 
 
+def sha256(content: bytes) -> str:
+    """What tells the bytes of a kept engine from others."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON mapping; None where there is no whole one, which is as good as not being there."""
     try:

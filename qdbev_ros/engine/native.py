@@ -8,7 +8,6 @@ start; where there is no compiler the engine runs without the kernel and says so
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shlex
 import shutil
@@ -21,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from qdbev_ros.core.errors import EngineError
-from qdbev_ros.engine.cache import cache_folder, cpu_name, keep
+from qdbev_ros.engine.cache import cache_folder, cpu_name, keep, sha256
 
 SOURCE = Path(__file__).with_name("deformable.c")
 MOST_DEPTH = 256  # as in the source
@@ -102,10 +101,10 @@ def _load() -> tuple[ctypes.CDLL, str]:
     folder, said = cache_folder(), []
     for compiler in _compilers():
         try:
-            seen = _sha256("\0".join((SOURCE.read_text(), *compiler, cpu_name())).encode())[:16]
+            seen = sha256("\0".join((SOURCE.read_text(), *compiler, cpu_name())).encode())[:16]
             for kept in folder.glob(f"deformable-{seen}-*.so") if folder else ():
                 with suppress(OSError):  # also where nothing in the folder may be run
-                    digest = _sha256(kept.read_bytes())
+                    digest = sha256(kept.read_bytes())
                     if kept.stem.endswith(digest):
                         return ctypes.CDLL(str(kept)), digest
                     kept.unlink()
@@ -130,7 +129,7 @@ def _build(compiler: Sequence[str], folder: Path | None, seen: str) -> tuple[cty
         made = Path(own) / "deformable.so"
         _compile(compiler, made)
         content = made.read_bytes()
-        digest = _sha256(content)
+        digest = sha256(content)
         if folder is not None:
             kept = folder / f"deformable-{seen}-{digest}.so"
             keep(kept, content)
@@ -151,7 +150,3 @@ def _compile(compiler: Sequence[str], made: Path) -> None:
             return
         said = " ".join(done.stderr.split())[:200]
     raise KernelError(f"{compiler[0]} cannot build it: {said}")
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -12,7 +11,17 @@ from typing import TYPE_CHECKING
 
 from qdbev_ros.core.errors import EngineError
 from qdbev_ros.engine.backends import Opened
-from qdbev_ros.engine.cache import PLAN, SEAL, EngineKey, discard, engine_folder, keep, read_json, timing_file
+from qdbev_ros.engine.cache import (
+    PLAN,
+    SEAL,
+    EngineKey,
+    discard,
+    engine_folder,
+    keep,
+    read_json,
+    sha256,
+    timing_file,
+)
 from qdbev_ros.engine.package import Package
 from qdbev_ros.engine.stage_outputs import with_stage_outputs
 from qdbev_ros.engine.tensorrt_build import TableShapes, build_engine, device_graph, import_tensorrt, product
@@ -36,7 +45,7 @@ def open_tensorrt(package: Package, cuda: Cuda) -> Opened:
         raise EngineError(
             f"{product(trt)} cannot load the engine that it built for {cuda.name}{discard(key)}"
         )
-    return Opened(TensorRtRunner(trt, runtime, engine, cuda, package.variant), key, _sha256(plan))
+    return Opened(TensorRtRunner(trt, runtime, engine, cuda, package.variant), key, sha256(plan))
 
 
 def tensorrt_key(package: Package, trt: ModuleType, device: str) -> EngineKey:
@@ -56,7 +65,7 @@ def compiled(package: Package, trt: ModuleType, key: EngineKey, target: str | No
     plan, timing = build_engine(trt, model, TableShapes.of(package.variant), timing, target)
     if folder is not None:
         keep(folder / PLAN, plan)
-        keep(folder / SEAL, json.dumps({"sha256": _sha256(plan), "bytes": len(plan)}, indent=1).encode())
+        keep(folder / SEAL, json.dumps({"sha256": sha256(plan), "bytes": len(plan)}, indent=1).encode())
         if timing:
             keep(timing_file(folder, key), timing)
     return plan
@@ -65,7 +74,7 @@ def compiled(package: Package, trt: ModuleType, key: EngineKey, target: str | No
 def _kept(folder: Path) -> bytes | None:
     """The kept engine if it is the one that was written."""
     plan, seal = _read(folder / PLAN), read_json(folder / SEAL)
-    whole = plan is not None and seal is not None and seal.get("sha256") == _sha256(plan)
+    whole = plan is not None and seal is not None and seal.get("sha256") == sha256(plan)
     return plan if whole else None
 
 
@@ -74,7 +83,3 @@ def _read(path: Path) -> bytes | None:
         return path.read_bytes()
     except OSError:
         return None
-
-
-def _sha256(plan: bytes) -> str:
-    return hashlib.sha256(plan).hexdigest()

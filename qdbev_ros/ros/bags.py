@@ -12,7 +12,7 @@ from typing import Any
 from rosbags.highlevel import AnyReader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
-from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.errors import DataError, one_line
 from qdbev_ros.core.mcap_file import McapFile
 from qdbev_ros.ros.presets import TopicPreset
 
@@ -28,7 +28,7 @@ class BagReader:
             self._reader = AnyReader([self.path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
             self._reader.open()
         except Exception as error:  # rosbags' own, sqlite's, struct's: whatever damaged bytes lead to
-            text = _line(error)
+            text = one_line(error)
             hint = ""
             if "Profile" in text:
                 hint = "; if Foxglove's tools wrote it: qdbev import-foxglove"
@@ -94,7 +94,7 @@ class BagReader:
             except StopIteration:
                 return
             except Exception as error:  # as in __init__
-                raise DataError(f"bag {self.path} is damaged: {_line(error)}") from error
+                raise DataError(f"bag {self.path} is damaged: {one_line(error)}") from error
             yield connection.topic, stamp, bytes(data)
 
     def first_topic(self, topics: Sequence[str]) -> str:
@@ -109,13 +109,9 @@ class BagReader:
                 message = self._reader.deserialize(data, types[topic])
             except Exception as error:  # as in __init__
                 raise DataError(
-                    f"bag {self.path} is damaged: a message on {topic} is no {types[topic]}: {_line(error)}"
+                    f"bag {self.path} is damaged: a message on {topic} is no {types[topic]}: {one_line(error)}"
                 ) from error
             yield topic, stamp, message
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class BagWriter:

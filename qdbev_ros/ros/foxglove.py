@@ -22,7 +22,7 @@ from mcap.reader import make_reader
 from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
 
-from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.errors import DataError, one_line
 from qdbev_ros.core.mcap_file import McapFile
 
 STORE = get_typestore(Stores.ROS2_JAZZY)
@@ -104,7 +104,7 @@ def _summary(source: Path) -> tuple[int | None, int]:
     except OSError as error:
         raise DataError(f"{source}: {error.strerror}") from error
     except Exception as error:  # mcap's own, struct's, the decompressors': whatever damaged bytes lead to
-        raise DataError(f"{source} is no MCAP file that can be read: {_line(error)}") from error
+        raise DataError(f"{source} is no MCAP file that can be read: {one_line(error)}") from error
     if summary is None or summary.statistics is None:
         raise DataError(f"{source} has no summary, it was not closed: mcap recover {source} -o whole.mcap")
     schemas = {schema.name for schema in summary.schemas.values()}
@@ -143,11 +143,7 @@ def _messages(source: Path, schemas: tuple[str, ...] = ()) -> Iterator[tuple[str
         except DataError:
             raise
         except Exception as error:  # as in _summary
-            raise DataError(f"{source} is damaged: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{source} is damaged: {one_line(error)}") from error
 
 
 class _Decoder:
@@ -179,7 +175,7 @@ class _Decoder:
             return transforms
         except Exception as error:  # JSON may hold anything, and so may damaged bytes
             raise DataError(
-                f"{self._source}: a message on {channel.topic} is no {schema.name}: {_line(error)}"
+                f"{self._source}: a message on {channel.topic} is no {schema.name}: {one_line(error)}"
             ) from error
 
 

@@ -168,9 +168,10 @@ def test_without_annotations_there_is_a_file_for_the_server_and_no_score(
     assert len(json.loads((tmp_path / "r.json").read_text())["results"]) == 8
 
 
-def copied(root: Path, tmp_path: Path) -> Path:
+@pytest.fixture
+def copy(small_root: Path, tmp_path: Path) -> Path:
     """The small data set once more, to be damaged."""
-    shutil.copytree(root, tmp_path / "copy")
+    shutil.copytree(small_root, tmp_path / "copy")
     return tmp_path / "copy"
 
 
@@ -183,34 +184,24 @@ def one_line(captured: Any) -> str:
 
 
 def test_a_table_that_only_the_devkit_needs_is_missed_before_the_model_is_opened(
-    small_root: Path,
-    random_checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    copy: Path, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = copied(small_root, tmp_path)
-    (root / VERSION / "map.json").unlink()
+    (copy / VERSION / "map.json").unlink()
     monkeypatch.setattr(inference, "open_engine", lambda *_: pytest.fail("the model was opened"))
-    assert evaluate(random_checkpoint, root) == 2
+    assert evaluate(random_checkpoint, copy) == 2
     assert "map.json" in one_line(capsys.readouterr())
 
 
 def test_truth_that_the_devkit_refuses_is_refused_before_the_first_frame(
-    small_root: Path,
-    random_checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    copy: Path, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two attributes at one annotation: the devkit raises a bare Exception."""
-    root = copied(small_root, tmp_path)
-    table = root / VERSION / "sample_annotation.json"
+    table = copy / VERSION / "sample_annotation.json"
     rows = json.loads(table.read_text())
     rows[0]["attribute_tokens"] *= 2
     table.write_text(json.dumps(rows))
     monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("a frame was run"))
-    assert evaluate(random_checkpoint, root) == 2
+    assert evaluate(random_checkpoint, copy) == 2
     assert "must not have more than one attribute" in one_line(capsys.readouterr())
 
 
@@ -230,12 +221,11 @@ def test_a_json_file_that_cannot_be_written_does_not_cost_the_score(
 
 
 def test_a_picture_that_is_no_picture_is_named_by_its_file(
-    small_root: Path, random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, random_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = copied(small_root, tmp_path)
-    picture = sorted((root / "samples" / "CAM_FRONT").iterdir())[2]
+    picture = sorted((copy / "samples" / "CAM_FRONT").iterdir())[2]
     picture.write_bytes(b"")
-    assert evaluate(random_checkpoint, root) == 2
+    assert evaluate(random_checkpoint, copy) == 2
     assert picture.name in one_line(capsys.readouterr())
 
 
