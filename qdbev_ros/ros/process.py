@@ -15,7 +15,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
-from qdbev_ros.core.errors import ConfigError, QdbevError, install_hint
+from qdbev_ros.core.errors import ConfigError, QdbevError, install_hint, one_line
 from qdbev_ros.core.signals import on_stop
 
 
@@ -104,4 +104,4 @@ def _init() -> None:
     try:
         rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     except RuntimeError as error:  # rcl's, for --ros-args that it cannot parse
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
