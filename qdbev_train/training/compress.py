@@ -32,7 +32,7 @@ from qdbev_train.quantization import QuantConfig, post_training_quantise, quanti
 from qdbev_train.training.command import official_scores, training_data
 from qdbev_train.training.compression import CompressConfig
 from qdbev_train.training.config import Span, TrainConfig
-from qdbev_train.training.loop import TrainingData, train
+from qdbev_train.training.loop import UNSCORED, TrainingData, train
 from qdbev_train.training.schedule import Plan, learning_rate_at
 from qdbev_train.training.stages import FINAL, Stage, plan_stages
 from qdbev_train.training.student import StudentLoss
@@ -127,7 +127,8 @@ def _stage(job: _Job, number: int, stage: Stage, before: Path) -> Path:
     others = [config.stages_from] if config.stages_from and stage.name != FINAL else []
     for out in (config.out, *others):
         done = Path(out) / name / "model.safetensors"
-        if _finished(done, stage.steps):
+        owed = out == config.out and done.with_name(UNSCORED).exists()
+        if not owed and _finished(done, stage.steps):
             _say(f"  {done} is finished already")
             return done
     folder = Path(config.out) / name

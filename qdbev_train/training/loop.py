@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from qdbev_ros.core.errors import ConfigError, DataError
+from qdbev_ros.core.files import write_text
 from qdbev_ros.core.variant import Variant
 from qdbev_train.checkpoint import save_model
 from qdbev_train.data.dataset import Batch
@@ -30,6 +31,8 @@ from qdbev_train.training.objective import ExtraLoss, Objective
 from qdbev_train.training.schedule import learning_rate_at, make_plan
 from qdbev_train.training.state import TrainingState, load_helps
 from qdbev_train.training.stopping import StopRequest
+
+UNSCORED = "unscored"  # holds a step whose score is due; a run that was killed while it scored does so when it goes on
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,18 @@ def train(
     if run.last.exists():
         state.load(run.last, fabric)
     plan = make_plan(config, data.samples, fabric.world_size)
+    owed = run.owes_score()
     if run.is_over(plan.steps):
         # A kill between the last save's two files left the model file as it was before.
         run.save()
-        return run.model_file
+        if not owed:
+            return run.model_file
     module = fabric.setup_module(objective) if fabric.world_size > 1 else objective
     batches = data.open(state.step, fabric.global_rank, fabric.world_size)
     stopped = False
     with StopRequest() as stop, run.progress(plan.steps) as progress:
+        if owed:
+            run.evaluate()
         for *history, batch in islice(batches, plan.steps - state.step):
             if history:
                 state.prev_bev = objective.remember(history)
@@ -137,6 +144,8 @@ def train(
             run.log(progress, scalars | {"norm": float(norm), "lr": rate})
             finished = state.step == plan.steps
             due = plan.evaluate_every is not None and (finished or state.step % plan.evaluate_every == 0)
+            if due:
+                run.owe_score()
             if stopped or finished or due or state.step % config.save_every == 0:
                 run.save()
             if stopped:
@@ -165,6 +174,7 @@ class _Run:
         self._quantisation, self._evaluate = quantisation, evaluate
         out = Path(state.config.out)
         self.last, self.model_file = out / "last.safetensors", out / "model.safetensors"
+        self._unscored = out / UNSCORED
         self._writer: SummaryWriter | None = None
         self._smoothed: float | None = None
 
@@ -227,6 +237,17 @@ class _Run:
             save_model(self.model_file, state.objective.model, self._variant, made, self._quantisation)
         self._fabric.barrier()  # whoever goes on may read the files
 
+    def owe_score(self) -> None:
+        """Notes that this step is to be scored, before the files of it are there."""
+        if self._fabric.is_global_zero:
+            write_text(self._unscored, str(self._state.step))
+
+    def owes_score(self) -> bool:
+        """Whether this step was to be scored and wasn't."""
+        noted = self._unscored.read_text() if self._unscored.exists() else ""
+        self._fabric.barrier()  # the first process will remove it
+        return self._evaluate is not None and noted == str(self._state.step)
+
     def evaluate(self) -> None:
         """Scores the model as it is; the first process does, the others wait."""
         assert self._evaluate is not None
@@ -237,6 +258,7 @@ class _Run:
             self._write({f"score/{k}": v for k, v in scores.items()})
             text = " ".join(f"{k} {v:.4f}" for k, v in scores.items())
             tqdm.write(f"step {self._state.step}: {text}")
+            self._unscored.unlink(missing_ok=True)
         self._fabric.barrier()
 
     def _write(self, scalars: dict[str, float]) -> None:

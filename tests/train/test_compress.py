@@ -23,7 +23,7 @@ from qdbev_train.training import compress as compress_module
 from qdbev_train.training.auxiliary import TrainingHelps
 from qdbev_train.training.compress import compress
 from qdbev_train.training.compression import CompressConfig, read_compression
-from qdbev_train.training.config import Span
+from qdbev_train.training.config import EvaluationConfig, Span, TrainConfig
 from qdbev_train.training.loop import TrainingData
 from qdbev_train.training.objective import Objective
 from qdbev_train.training.plot_command import read_scalar
@@ -168,6 +168,32 @@ def test_a_stopped_compression_goes_on_as_if_it_had_never_stopped(
     for stage in STAGES:
         assert curve(tmp_path, stage, "loss/total") == curve(whole, stage, "loss/total")
     assert curve(tmp_path, "5_final", "distillation/bev") == curve(whole, "5_final", "distillation/bev")
+
+
+def test_a_score_that_a_kill_cut_off_is_made_up_for(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps of the stage are there, and still it isn't over."""
+    evaluation = EvaluationConfig("val", Span(1, "epochs"))
+    config = settings(teacher, tmp_path, "qat", evaluation=evaluation)
+    assert config.training is not None
+    config = replace(config, training=replace(config.training, evaluation=evaluation))
+    scored: list[Path] = []
+
+    def killed(_: TrainConfig, __: Path) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    def score(_: TrainConfig, model_file: Path) -> dict[str, float]:
+        scored.append(model_file)
+        return {"NDS": 0.5}
+
+    monkeypatch.setattr(compress_module, "official_scores", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(config)
+    monkeypatch.setattr(compress_module, "official_scores", score)
+    for _ in range(2):
+        compress(config)
+        assert scored == [tmp_path / "1_final" / "model.safetensors"]
 
 
 def test_stages_of_another_compression_are_taken_over(whole: Path, teacher: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,6 +308,36 @@ def test_scores_are_logged_where_evaluation_is_asked_for(tmp_path: Path) -> None
         weights.append(read_tensors(path)[0])
     assert read_scalar(tmp_path / "with", "score/NDS") == ([6, 8], [pytest.approx(0.6), pytest.approx(0.8)])
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+def test_a_score_that_a_kill_cut_off_is_made_up_for(tmp_path: Path) -> None:
+    """In the middle and after the last step, once each; one that is no longer asked for is not."""
+    variant, scored = micro_variant(), []
+
+    def go_on(steps: int, killed: bool = False, asked: bool = True) -> None:
+        def evaluate(path: Path) -> dict[str, float]:
+            if killed:
+                raise KeyboardInterrupt
+            scored.append(load_model(path)[2]["provenance"]["steps"])
+            return {"NDS": 0.5}
+
+        evaluation = EvaluationConfig("val", Span(1, "steps")) if asked else None
+        config = micro_config(tmp_path, length=Span(steps, "steps"), evaluation=evaluation)
+        data = data_of(lambda step: (random_batch(i, variant) for i in range(step, steps)))
+        with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
+            train(build_model(variant), variant, config, data, evaluate=evaluate if asked else None)
+
+    go_on(2, killed=True)  # in the score of step 1
+    go_on(2, killed=True)  # in the same
+    go_on(2)
+    assert scored == [1, 2]
+    assert read_scalar(tmp_path, "score/NDS")[0] == [1, 2]
+    go_on(2)
+    assert scored == [1, 2]
+    go_on(3, killed=True)
+    go_on(3, asked=False)
+    go_on(3)
+    assert scored == [1, 2, 3]
 
 
 def test_a_plot_of_no_run_is_refused_and_one_of_a_run_is_drawn(tmp_path: Path) -> None:
