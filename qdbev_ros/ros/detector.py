@@ -49,7 +49,9 @@ class Detector:
         self._parameters = parameters.with_preset(self.preset)
         self._calibration = calibration_for(self.preset, parameters.calibration)
         self._monitor = monitor
-        self.engine = load_package(Path(parameters.model), backend=parameters.engine)
+        self.engine = load_package(
+            Path(parameters.model), parameters.engine, parameters.engine_threads or None
+        )
         self._pipeline = Pipeline(self.engine, _memory_policy(parameters), parameters.decode_threads)
         self._lock = threading.Lock()  # the pipeline and its memory
         self._watch = CalibrationWatch()

@@ -75,6 +75,9 @@ class DetectorParameters:
     queue_size: int = parameter(
         1, "sets that may wait for the engine; the oldest goes first when full", 1, 1000, live=True
     )
+    engine_threads: int = parameter(
+        0, "threads of an engine on the CPU; 0: one for each core that the node may use", 0, 256
+    )
     decode_threads: int = parameter(2, "threads that decode pictures", 1, 64)
     max_gap: float = parameter(
         2.0, "seconds without a set after which the memory is forgotten", 0.01, 60.0, live=True

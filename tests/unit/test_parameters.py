@@ -31,9 +31,19 @@ def test_a_live_parameter_changes_at_any_time() -> None:
     assert changed(GIVEN, {"min_cameras": 6, "max_gap": 1.0}, configured=True).min_cameras == 6
 
 
-@pytest.mark.parametrize("name", ["model", "preset", "engine", "calibration", "ego_motion", "decode_threads"])
-def test_others_are_refused_while_configured_and_taken_before(name: str) -> None:
-    value: object = 4 if name == "decode_threads" else "tf"
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "other.qdbev"),
+        ("preset", "raw"),
+        ("engine", "openvino"),
+        ("calibration", "rig.yaml"),
+        ("ego_motion", "tf"),
+        ("engine_threads", 4),
+        ("decode_threads", 4),
+    ],
+)
+def test_others_are_refused_while_configured_and_taken_before(name: str, value: str | int) -> None:
     with pytest.raises(ConfigError, match=f"parameter {name} cannot change while the node is configured"):
         changed(GIVEN, {name: value}, configured=True)
     assert getattr(changed(GIVEN, {name: value}, configured=False), name) == value
