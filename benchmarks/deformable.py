@@ -26,8 +26,9 @@ from qdbev_ros.core.errors import QdbevError
 from qdbev_ros.core.files import write_json
 from qdbev_ros.core.projection import scale_to_input, stack_lidar2img, visible_cells
 from qdbev_ros.core.variant import Variant, load_variant
+from qdbev_ros.engine.deformable import DeformableKernel
 from qdbev_ros.engine.graph import Graph
-from qdbev_ros.engine.native import DeformableKernel, KernelError
+from qdbev_ros.engine.native import KernelError
 from qdbev_ros.engine.onnxruntime_runner import session_options
 from qdbev_ros.engine.sampling import DOMAIN, PREFIX, define_functions, inline_samplings
 from qdbev_train.data.tables import all_frames, load_scenes

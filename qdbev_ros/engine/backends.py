@@ -60,7 +60,7 @@ def _onnxruntime(package: Package, threads: int | None) -> Opened:
     except ImportError as error:
         raise EngineMissing(f"the onnxruntime engine cannot run here: {install_hint(error)}") from error
     runner = OnnxRuntimeRunner(with_stage_outputs(package.model), threads)
-    # The description tells whether the deformable kernel could be built.
+    # The description tells the threads and whether the deformable kernel could be built.
     key = _cpu_key(package, "onnxruntime", onnxruntime.__version__, runner.description)
     return Opened(runner, key, runner.artefact)
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network on ONNX Runtime's CPU kernels, convolutions in int8, deformable attention in our own kernel.
+"""The network on ONNX Runtime's CPU kernels, convolutions in int8, with two kernels of our own in between.
 
 ONNX Runtime says nothing when it cannot fuse a quantised convolution and runs it in float instead, several times
 slower. So the graph that it really runs is read back at start-up, and the runner refuses to start unless all of them
-are int8. It has no fast kernel for deformable attention and its wheels take no new ones from Python, so the graph is
-cut there: its parts hand each other tensors without copying, and the kernel runs in between. Without a compiler for
-the kernel the graph stays whole and samples by GridSample.
+are int8. It has no fast kernel for deformable attention, none for 3x3 convolutions that knows how small our numbers
+are, and its wheels take no new ones from Python. So the graph is cut there: its parts hand each other tensors without
+copying, and our kernels run in between. Without a compiler the graph stays whole and samples by GridSample.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,18 @@ from numpy.typing import NDArray
 
 from qdbev_ros.core.errors import EngineError
 from qdbev_ros.core.preprocess import PictureGrid
+from qdbev_ros.engine.deformable import DeformableKernel
+from qdbev_ros.engine.kernel_steps import ConvolutionStep, SamplingStep
 from qdbev_ros.engine.lowering import fuse_linears, lower_u8, picture_codes, quantised_convolutions
 from qdbev_ros.engine.master import OUTPUTS
-from qdbev_ros.engine.native import DeformableKernel, KernelError
+from qdbev_ros.engine.native import KernelError
 from qdbev_ros.engine.sampling import Sampling, inline_samplings
-from qdbev_ros.engine.stages import Stage, cut, split
+from qdbev_ros.engine.stages import cut, split
+from qdbev_ros.engine.winograd import Convolution, PreparedConvolution, WinogradKernel, take_convolutions
 
 # ONNX Runtime's own messages: errors only; its advice on threads and saved graphs is not the user's business.
 _LOG_ERRORS = 3
+Step = SamplingStep | ConvolutionStep
 
 
 class OnnxRuntimeRunner:
@@ -51,19 +57,23 @@ class OnnxRuntimeRunner:
         self.integer_convolutions = 0
         self._front: _Part | None = None
         self._codes = ""
-        kernel, sampling = _kernel(threads)
-        self.artefact = "" if kernel is None else kernel.artefact
-        if kernel is None:
-            lowered = inline_samplings(lowered)
+        kernels = _Kernels(threads)
+        self.artefact = kernels.artefact
+        lowered = kernels.take_nodes(lowered)
         codes = picture_codes(lowered)
         if codes is not None:
             self._codes, self.picture_grid = codes
             front, lowered = split(lowered, self._codes)
-            self._front = self._part(Stage(front, ()), threads, None)
-        self._parts = [self._part(stage, threads, kernel) for stage in cut(lowered)]
+            self._front = self._part(front, threads)
+        self._parts = [
+            self._part(stage.model, threads, [kernels.step(node) for node in stage.behind])
+            for stage in cut(lowered)
+        ]
+        own = len(kernels.convolutions)
+        self.integer_convolutions += own
         self.description = (
-            f"ONNX Runtime {ort.__version__}, CPU, {threads or 'all'} threads, "
-            f"{self.integer_convolutions} int8 convolutions, {sampling}"
+            f"ONNX Runtime {ort.__version__}, CPU, {threads or 'all'} threads, {self.integer_convolutions} int8 "
+            f"convolutions{f', {own} of them by our own kernel' if own else ''}, {kernels.said}"
         )
 
     def run(self, tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
@@ -80,25 +90,21 @@ class OnnxRuntimeRunner:
             part.run(values)
         return {name: values[name].numpy() for name in self._outputs if self.stage_outputs or name in OUTPUTS}
 
-    def _part(self, stage: Stage, threads: int | None, kernel: DeformableKernel | None) -> _Part:
-        lowered = fuse_linears(stage.model)
+    def _part(self, model: onnx.ModelProto, threads: int | None, steps: Sequence[Step] = ()) -> _Part:
+        lowered = fuse_linears(model)
         session, optimised = _session(lowered, threads)
         self.integer_convolutions += check_convolutions(lowered, optimised)
-        return _Part(session, stage.samplings, kernel)
+        return _Part(session, steps)
 
 
 class _Part:
-    """One session and the samplings behind it, on a dictionary of tensors that all parts share."""
+    """One session and the kernels behind it, on a dictionary of tensors that all parts share."""
 
-    def __init__(
-        self, session: ort.InferenceSession, samplings: tuple[Sampling, ...], kernel: DeformableKernel | None
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession, steps: Sequence[Step]) -> None:
         self._session = session
         self._inputs = [i.name for i in session.get_inputs()]
         self._outputs = [o.name for o in session.get_outputs()]
-        self._samplings = samplings
-        self._kernel = kernel
-        self._buffers: dict[str, ort.OrtValue] = {}
+        self._steps = steps
 
     def run(self, values: dict[str, ort.OrtValue]) -> None:
         """Adds the tensors that this part makes."""
@@ -106,31 +112,51 @@ class _Part:
         values.update(
             zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds), strict=True)
         )
-        for sampling in self._samplings:
-            values[sampling.output] = self._sample(sampling, values)
-
-    def _sample(self, s: Sampling, values: dict[str, ort.OrtValue]) -> ort.OrtValue:
-        assert self._kernel is not None
-        value, locations, weights = values[s.value], values[s.locations], values[s.weights]
-        if any(tensor.data_type() != "tensor(float)" for tensor in (value, locations, weights)):
-            raise EngineError(f"{s.output}: the kernel samples float32 alone")
-        value_shape, weights_shape = value.shape(), weights.shape()
-        shape = [*weights_shape[:2], value_shape[2] * value_shape[3]]
-        out = self._buffers.get(s.output)
-        if out is None or out.shape() != shape:  # another rig sees another number of cells
-            out = ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32))
-            self._buffers[s.output] = out
-        buffers = value.data_ptr(), locations.data_ptr(), weights.data_ptr(), out.data_ptr()
-        self._kernel(buffers, value_shape, locations.shape(), weights_shape, s.sizes)
-        return out
+        for step in self._steps:
+            values[step.output] = step(values)
 
 
-def _kernel(threads: int | None) -> tuple[DeformableKernel | None, str]:
-    """The kernel where it can be had, and what the engine says about it."""
-    try:
-        return DeformableKernel(threads), "deformable attention by our own kernel"
-    except KernelError as error:
-        return None, f"deformable attention by GridSample, three times slower or worse, because {error}"
+class _Kernels:
+    """Our own kernels, as far as they can be had here.
+
+    convolutions: those that run in our kernel, by their output · said: what the engine says about the sampling
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self._sampling: DeformableKernel | None = None
+        self._convolution: WinogradKernel | None = None
+        self.convolutions: dict[str, Convolution] = {}
+        try:
+            self._sampling = DeformableKernel(threads)
+            self.said = "deformable attention by our own kernel"
+        except KernelError as error:
+            self.said = f"deformable attention by GridSample, three times slower or worse, because {error}"
+        with suppress(KernelError):  # ONNX Runtime has an integer convolution, too
+            self._convolution = WinogradKernel(threads)
+
+    @property
+    def artefact(self) -> str:
+        """What tells them from others."""
+        return "".join(
+            kernel.artefact for kernel in (self._sampling, self._convolution) if kernel is not None
+        )
+
+    def take_nodes(self, lowered: onnx.ModelProto) -> onnx.ModelProto:
+        """The graph with nodes of ours where there are kernels for them, and there alone."""
+        if self._sampling is None:
+            lowered = inline_samplings(lowered)
+        if self._convolution is not None:
+            lowered, self.convolutions = take_convolutions(lowered)
+        return lowered
+
+    def step(self, node: onnx.NodeProto) -> Step:
+        """What runs one of the nodes."""
+        if node.output[0] in self.convolutions:
+            assert self._convolution is not None
+            prepared = PreparedConvolution(self.convolutions[node.output[0]], self._convolution)
+            return ConvolutionStep(prepared)
+        assert self._sampling is not None
+        return SamplingStep(Sampling.of(node), self._sampling)
 
 
 def _session(model: onnx.ModelProto, threads: int | None) -> tuple[ort.InferenceSession, onnx.ModelProto]:

@@ -21,8 +21,9 @@ from onnx import TensorProto, helper
 
 from qdbev_ros.core.errors import EngineError, PackageError
 from qdbev_ros.engine import native
+from qdbev_ros.engine.deformable import DeformableKernel
 from qdbev_ros.engine.graph import Graph
-from qdbev_ros.engine.native import DeformableKernel, KernelError
+from qdbev_ros.engine.native import KernelError
 from qdbev_ros.engine.sampling import DOMAIN, PREFIX, Sampling, define_functions, inline_samplings
 from qdbev_ros.engine.stages import cut, split
 
@@ -175,13 +176,13 @@ def test_a_graph_cut_at_its_samplings_computes_what_the_whole_one_computes() -> 
     model = sampling_model(2, 16, 2, sizes, layers=2)
     feeds = arrays(1, 12, 2, 16, 2, sizes, 4)
     stages = cut(model)
-    assert [len(stage.samplings) for stage in stages] == [1, 1, 0]
+    assert [len(stage.behind) for stage in stages] == [1, 1, 0]
     tensors = dict(feeds)
     for stage in stages:
         if stage.model.graph.output:  # here nothing comes before the first sampling
             names = [value.name for value in stage.model.graph.input]
             tensors.update(run(stage.model, {name: tensors[name] for name in names}))
-        for s in stage.samplings:
+        for s in map(Sampling.of, stage.behind):
             wanted = {"value": s.value, "locations": s.locations, "weights": s.weights}
             sampled = by_kernel(kernel(1), {n: tensors[t] for n, t in wanted.items()}, list(s.sizes))
             tensors[s.output] = sampled.reshape(*sampled.shape[:2], -1)
@@ -193,7 +194,7 @@ def test_a_graph_without_samplings_stays_whole() -> None:
     plain = inline_samplings(sampling_model(1, 4, 1, [(2, 2)]))
     assert not plain.functions
     (stage,) = cut(plain)
-    assert not stage.samplings
+    assert not stage.behind
 
 
 def test_a_graph_cannot_be_split_where_its_parts_share_what_is_before() -> None:
@@ -272,7 +273,7 @@ def test_a_kernel_that_was_cut_short_is_built_again_and_kept(no_cache: Path) -> 
     part = library.read_bytes()[:4096]  # enough for the loader, which then touches what is not there
     library.unlink()  # this process has it in its memory
     library.write_bytes(part)
-    code = "from qdbev_ros.engine.native import DeformableKernel; DeformableKernel(1)"
+    code = "from qdbev_ros.engine.deformable import DeformableKernel; DeformableKernel(1)"
     # A process of its own, which a damaged kernel ends without a word. It has $QDBEV_CACHE from this one.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
