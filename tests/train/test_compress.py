@@ -193,7 +193,7 @@ def test_a_score_that_a_kill_cut_off_is_made_up_for(
     monkeypatch.setattr(compress_module, "official_scores", score)
     for _ in range(2):
         compress(config)
-        assert scored == [tmp_path / "1_final" / "model.safetensors"]
+        assert scored == [tmp_path / "1_qat" / "model.safetensors"]
 
 
 def test_stages_of_another_compression_are_taken_over(whole: Path, teacher: Path, tmp_path: Path) -> None:
