@@ -194,14 +194,23 @@ def test_a_wrong_study_is_named(tmp_path: Path, change: dict[str, Any], said: st
         read_study(path)
 
 
-def test_the_studies_of_the_repository_are_valid() -> None:
-    for path in sorted((ROOT / "config" / "study").glob("*.yaml")):
-        config = read_study(path)
-        named = {row.name for row in config.rows}
-        assert {"float", "float_control", "ptq", "qat", "progressive", "cwd_img", "cwd_bev", "vgd"} <= named
-        deciding = [row for row in config.rows if row.name in ("float_control", "qat", "progressive", "vgd")]
-        assert all(len(row.seeds) >= 2 for row in deciding)
-        assert tables(config, []).startswith(f"# {config.title}")
+STUDIES = sorted((ROOT / "config" / "study").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_of_the_repository_are_valid(path: Path) -> None:
+    config = read_study(path)
+    named = {row.name for row in config.rows}
+    assert {"float", "float_control", "ptq", "qat", "progressive", "vgd"} <= named
+    assert tables(config, []).startswith(f"# {config.title}")
+
+
+def test_the_study_of_the_readme_compares_all_methods_and_the_deciding_ones_over_seeds() -> None:
+    rows = read_study(ROOT / "config" / "study" / "nano_town.yaml").rows
+    assert {"cwd_img", "cwd_bev"} <= {row.name for row in rows}
+    deciding = [row for row in rows if row.name in ("float_control", "qat", "progressive", "vgd")]
+    assert len(deciding) == 4
+    assert all(len(row.seeds) >= 2 for row in deciding)
 
 
 def test_numbers_over_seeds_are_the_mean_and_its_ends() -> None:
