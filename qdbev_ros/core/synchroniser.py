@@ -253,7 +253,7 @@ class Synchroniser(Generic[T]):
             for name, image in chosen.items():
                 self._states[name].waiting.remove(image)
             while older := [s.waiting[0].stamp_ns for s in self._states.values() if s.count_until(reference)]:
-                sets += self._give_up(self._pivot(min(older)), now_s, reference)
+                sets += self._give_up(self._pivot(min(older), reference), now_s, reference)
             sets.append(self._emit(chosen))
         return sets
 
@@ -279,9 +279,10 @@ class Synchroniser(Generic[T]):
                 chosen[name] = state.waiting[count - 1]
         return chosen
 
-    def _pivot(self, oldest: int) -> int:
-        """The stamp around which an incomplete set is made: the anchor's next to `oldest`, or that itself."""
-        anchors = [image.stamp_ns for image in self._states[self._anchor].waiting]
+    def _pivot(self, oldest: int, until: int | None = None) -> int:
+        """The stamp around which an incomplete set is made: the anchor's next to `oldest` (up to `until`), or itself."""
+        waiting = (image.stamp_ns for image in self._states[self._anchor].waiting)
+        anchors = [stamp for stamp in waiting if until is None or stamp <= until]
         return next((stamp for stamp in anchors if abs(stamp - oldest) <= self._spread), oldest)
 
     def _give_up(self, pivot: int, now_s: float, until: int | None = None) -> list[FrameSet[T]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qdbev_ros.core.errors import ConfigError
@@ -321,6 +321,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         Sync(("A", "B"), SyncSettings(anchor="C"))
 
 
+@example(period_ms=50, lost=set(), repeated=set(), wrong_stamps={13: 43}, seed=0, jump_at=0)
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     period_ms=st.sampled_from([50, 83, 100, 500]),
