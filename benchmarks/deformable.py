@@ -29,8 +29,8 @@ from qdbev_ros.core.variant import Variant, load_variant
 from qdbev_ros.engine.deformable import DeformableKernel
 from qdbev_ros.engine.graph import Graph
 from qdbev_ros.engine.native import KernelError
-from qdbev_ros.engine.onnxruntime_runner import session_options
 from qdbev_ros.engine.sampling import DOMAIN, PREFIX, define_functions, inline_samplings
+from qdbev_ros.engine.sessions import session_options
 from qdbev_train.data.tables import all_frames, load_scenes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,21 +16,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 
 from benchmarks.packages import FLOAT_MODEL
 from benchmarks.turns import Parts, Turns, cores
 from qdbev_ros.core.made_drive import made_frame
 from qdbev_ros.core.pipeline import Pipeline
 from qdbev_ros.engine import load_package, read_package
+from qdbev_ros.engine.cut_graph import CutGraph
 from qdbev_ros.engine.engine import Engine
 from qdbev_ros.engine.graph import Graph
-from qdbev_ros.engine.lowering import fuse_linears, lower_u8, picture_codes
+from qdbev_ros.engine.lowering import lower_u8
 from qdbev_ros.engine.master import FEATURES, INPUTS, OPSET, OUTPUTS
-from qdbev_ros.engine.onnxruntime_runner import session_options
 from qdbev_ros.engine.package import Package
 from qdbev_ros.engine.sampling import inline_samplings
+from qdbev_ros.engine.sessions import session_options
 from qdbev_ros.engine.stage_outputs import with_stage_outputs
-from qdbev_ros.engine.stages import split
 
 OURS = "ours W4A6"
 # PyTorch's own memory layout, which BEVFormer runs in; our model takes the faster one.
@@ -165,9 +166,7 @@ class PlainRunner:
 
 
 def _session(model: bytes) -> Any:
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(model, session_options(cores()), providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, session_options(cores()), providers=["CPUExecutionProvider"])
 
 
 def _pictures(variant: Any) -> Any:
@@ -196,19 +195,16 @@ def _plain_backbone(package: Package) -> Backbone:
 
 def _own_backbone(package: Package) -> Backbone:
     """From the codes of the pictures, as the pipeline hands them over, where the package has any."""
-    model = backbone_alone(lower_u8(with_stage_outputs(package.model)))
-    pictures = _pictures(package.variant)[None]
-    codes = picture_codes(model)
-    if codes is None:
-        feeds = {"images": pictures}
+    graph = CutGraph(backbone_alone(lower_u8(with_stage_outputs(package.model))), cores())
+    pictures = _pictures(package.variant)
+    if graph.picture_grid is None:
+        feeds = {"images": pictures[None]}
     else:
-        name, grid = codes
-        _, model = split(model, name)
-        values = np.rint(pictures[0] / np.float32(grid.step)) + grid.zero
-        feeds = {name: np.clip(values, grid.low, grid.high).astype(np.uint8)}
-    fused = fuse_linears(model)
-    session = _session(fused.SerializeToString())
-    return lambda: session.run(None, feeds)
+        grid = graph.picture_grid
+        numbers = np.rint(pictures / np.float32(grid.step)) + grid.zero
+        feeds = {graph.codes: np.clip(numbers, grid.low, grid.high).astype(np.uint8)}
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+    return lambda: graph.run(dict(values))
 
 
 def _openvino_backbone(package: Package) -> Backbone:

@@ -91,7 +91,7 @@ def onnxruntime_forward(name: str, folder: Path, turns: Turns) -> None:
     import numpy as np
     import onnxruntime
 
-    from qdbev_ros.engine.onnxruntime_runner import session_options
+    from qdbev_ros.engine.sessions import session_options
 
     path = str(folder / "model.onnx")
     session = onnxruntime.InferenceSession(path, session_options(cores()), providers=["CPUExecutionProvider"])

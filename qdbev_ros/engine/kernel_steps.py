@@ -3,15 +3,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from qdbev_ros.core.errors import EngineError
+from qdbev_ros.engine.convolution import PICTURE_CHANNELS, PreparedConvolution, PreparedPool
 from qdbev_ros.engine.deformable import DeformableKernel
 from qdbev_ros.engine.sampling import Sampling
-from qdbev_ros.engine.winograd import PreparedConvolution
+
+Values = dict[str, ort.OrtValue]
+
+
+class Buffers:
+    """Memory for results, used again for others once their last reader has run."""
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+        self._used: dict[str, NDArray[np.uint8]] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: Any) -> ort.OrtValue:
+        """Room for the tensor `name`."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self.give(name)  # from the frame before
+        fitting = [i for i, buffer in enumerate(self._free) if size <= buffer.size <= 2 * size]
+        best = min(fitting, key=lambda i: self._free[i].size, default=None)
+        buffer = np.empty(size, np.uint8) if best is None else self._free.pop(best)
+        self._used[name] = buffer
+        return ort.OrtValue.ortvalue_from_numpy(buffer[:size].view(dtype).reshape(shape))
+
+    def give(self, name: str) -> None:
+        """Takes the room of the tensor back; of one that isn't here, none."""
+        if name in self._used:
+            self._free.append(self._used.pop(name))
 
 
 class SamplingStep:
@@ -19,45 +46,64 @@ class SamplingStep:
 
     def __init__(self, sampling: Sampling, kernel: DeformableKernel) -> None:
         self.output, self._sampling, self._kernel = sampling.output, sampling, kernel
-        self._result = _Result(np.float32)
+        self.inputs = sampling.value, sampling.locations, sampling.weights
 
-    def __call__(self, values: dict[str, ort.OrtValue]) -> ort.OrtValue:
+    def __call__(self, values: Values, buffers: Buffers) -> ort.OrtValue:
         """The samples of what the tensors hold."""
         s = self._sampling
         value, locations, weights = values[s.value], values[s.locations], values[s.weights]
         if any(tensor.data_type() != "tensor(float)" for tensor in (value, locations, weights)):
             raise EngineError(f"{s.output}: the kernel samples float32 alone")
         value_shape, weights_shape = value.shape(), weights.shape()
-        out = self._result.of([*weights_shape[:2], value_shape[2] * value_shape[3]])
-        buffers = value.data_ptr(), locations.data_ptr(), weights.data_ptr(), out.data_ptr()
-        self._kernel(buffers, value_shape, locations.shape(), weights_shape, s.sizes)
+        shape = [*weights_shape[:2], value_shape[2] * value_shape[3]]
+        out = buffers.take(s.output, shape, np.float32)
+        addresses = value.data_ptr(), locations.data_ptr(), weights.data_ptr(), out.data_ptr()
+        self._kernel(addresses, value_shape, locations.shape(), weights_shape, s.sizes)
         return out
 
 
 class ConvolutionStep:
-    """One 3x3 convolution on codes, channels last."""
+    """One convolution on codes, channels last, or on planes of pictures; with the shortcut behind it."""
 
-    def __init__(self, convolution: PreparedConvolution) -> None:
-        self.output, self._convolution = convolution.convolution.output, convolution
-        self._result = _Result(np.uint8)
+    def __init__(self, prepared: PreparedConvolution) -> None:
+        c = prepared.convolution
+        self.output, self._prepared = c.output, prepared
+        self.inputs = (c.codes,) if c.shortcut is None else (c.codes, c.shortcut.codes)
 
-    def __call__(self, values: dict[str, ort.OrtValue]) -> ort.OrtValue:
+    def __call__(self, values: Values, buffers: Buffers) -> ort.OrtValue:
         """The codes of the result, (images, height, width, outputs)."""
-        codes = values[self._convolution.convolution.codes]
+        c = self._prepared.convolution
+        codes = values[c.codes]
         images, height, width, inputs = codes.shape()
-        out = self._result.of([images, height, width, self._convolution.outputs])
-        self._convolution(codes.data_ptr(), (images, height, width, inputs), out.data_ptr())
+        if c.weights.shape[1] == PICTURE_CHANNELS:
+            height, width, inputs = width, inputs, height
+        sides = images, height, width, inputs
+        out = buffers.take(self.output, self._prepared.sides(sides), np.uint8)
+        shortcut = None
+        if c.shortcut is not None:
+            other = values[c.shortcut.codes]
+            if other.shape() != out.shape():
+                raise EngineError(f"{self.output}: a shortcut of {other.shape()} for {out.shape()}")
+            shortcut = other.data_ptr()
+        self._prepared(codes.data_ptr(), sides, out.data_ptr(), shortcut)
         return out
 
 
-class _Result:
-    """A buffer that is kept from frame to frame, for as long as it has the right shape."""
+class PoolStep:
+    """One pool of codes, channels last."""
 
-    def __init__(self, dtype: Any) -> None:
-        self._dtype = dtype
-        self._buffer: ort.OrtValue | None = None
+    def __init__(self, prepared: PreparedPool) -> None:
+        self.output, self._prepared = prepared.pool.output, prepared
+        self.inputs = (prepared.pool.codes,)
 
-    def of(self, shape: list[int]) -> ort.OrtValue:
-        if self._buffer is None or self._buffer.shape() != shape:  # another rig sees another number of cells
-            self._buffer = ort.OrtValue.ortvalue_from_numpy(np.empty(shape, self._dtype))
-        return self._buffer
+    def __call__(self, values: Values, buffers: Buffers) -> ort.OrtValue:
+        """The codes of the result, (images, height, width, channels)."""
+        codes = values[self._prepared.pool.codes]
+        images, height, width, channels = codes.shape()
+        sides = images, height, width, channels
+        out = buffers.take(self.output, self._prepared.sides(sides), np.uint8)
+        self._prepared(codes.data_ptr(), sides, out.data_ptr())
+        return out
+
+
+Step = SamplingStep | ConvolutionStep | PoolStep

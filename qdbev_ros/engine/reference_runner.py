@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qdbev_ros.core.errors import EngineError
 from qdbev_ros.core.preprocess import PictureGrid
-from qdbev_ros.engine.onnxruntime_runner import session_options
+from qdbev_ros.engine.sessions import session_options
 
 
 class ReferenceRunner:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cuts a lowered graph at our own nodes, so that kernels that ONNX Runtime doesn't have can run in between.
 
-A node belongs to the earliest stage in which all its inputs are there. What depends on constants alone is part of every
+A node belongs to the earliest stage in which all its inputs are there; nodes of ours that read each other run one after
+the other behind one stage. What depends on constants alone is part of every
 stage that reads it, so that weights stay beside the products that the runtime fuses them with; so is what turns codes
 into numbers. Codes of pictures and maps lie channels last between the stages, as integer kernels want them.
 """
@@ -22,20 +23,23 @@ _TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
 @dataclass(frozen=True)
 class Stage:
-    """A graph of its own, and our own nodes that follow it. Tensors keep their names from stage to stage."""
+    """A graph of its own, or none, and our own nodes that follow it. Tensors keep their names from stage to stage."""
 
-    model: onnx.ModelProto
+    model: onnx.ModelProto | None
     behind: tuple[onnx.NodeProto, ...]
 
 
 def cut(model: onnx.ModelProto) -> list[Stage]:
     """The stages of a model in the order in which they run; a single one where there is nothing to cut at."""
     source = _Source(model)
-    numbers = {value.name: 0 for value in model.graph.input}
+    numbers, ours = {value.name: 0 for value in model.graph.input}, set[str]()
     for node in model.graph.node:
         if node.output[0] in source.varying:
-            latest = max(numbers[name] for name in node.input if name in numbers)
-            numbers.update(dict.fromkeys(node.output, latest + _is_ours(node)))
+            read = [name for name in node.input if name in numbers]
+            number = max(numbers[name] + (_is_ours(node) and name not in ours) for name in read)
+            numbers.update(dict.fromkeys(node.output, number))
+            if _is_ours(node):
+                ours.update(node.output)
     source.dequantise_where_read(numbers)
     made = []
     for number in range(max(numbers.values()) + 1):
@@ -46,8 +50,9 @@ def cut(model: onnx.ModelProto) -> list[Stage]:
         behind = [n for n in source.nodes if _is_ours(n) and numbers[n.output[0]] == number + 1]
         # The first decoder layer asks from where its queries always stand: constants that no other node makes.
         fixed = {name for n in behind for name in n.input} - source.varying
-        part = source.part(plain, sorted(own & wanted | fixed))
-        made.append(Stage(source.channels_last(part), tuple(behind)))
+        outputs = sorted(own & wanted | fixed)
+        part = source.channels_last(source.part(plain, outputs)) if outputs else None
+        made.append(Stage(part, tuple(behind)))
     return made
 
 

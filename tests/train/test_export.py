@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto
 
 from qdbev_ros.core.errors import ConfigError
-from qdbev_ros.engine import load_package, onnxruntime_runner, read_package
+from qdbev_ros.engine import cut_graph, load_package, read_package
 from qdbev_ros.engine.graph import Graph, unpack_int4
 from qdbev_ros.engine.lowering import fuse_linears, lower_u8
 from qdbev_ros.engine.native import KernelError
@@ -122,7 +122,7 @@ def test_without_a_compiler_the_engine_samples_by_grid_sample_and_says_so(
     def missing(threads: int | None) -> None:
         raise KernelError("there is no C compiler")
 
-    monkeypatch.setattr(onnxruntime_runner, "DeformableKernel", missing)
+    monkeypatch.setattr(cut_graph, "DeformableKernel", missing)
     without = load_package(package, threads=1)
     assert "GridSample" in without.description
     assert "no C compiler" in without.description

@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper, printer
 from qdbev_ros.core.errors import EngineError, PackageError
 from qdbev_ros.engine.graph import Graph, pack_int4, unpack_int4
 from qdbev_ros.engine.lowering import fuse_linears, lower_u8, quantised_convolutions
-from qdbev_ros.engine.onnxruntime_runner import OnnxRuntimeRunner, check_convolutions
+from qdbev_ros.engine.onnxruntime_runner import OnnxRuntimeRunner
+from qdbev_ros.engine.sessions import check_convolutions
 from tests.small_master import CELLS, CHANNELS, small_master
 
 GOLDEN = Path(__file__).with_name("golden_small_u8.txt")
@@ -145,7 +146,7 @@ def test_what_comes_before_a_deformable_convolution_stays_in_integers(seed: int)
     assert quantised_convolutions(lowered) == ["first", "second", "first_grid1", "third"]
     assert quantised_convolutions(fused) == ["first", "second", "first_grid1"]
     assert [n.name for n in fused.graph.node if n.op_type == "ConvInteger"] == ["third"]
-    assert OnnxRuntimeRunner(master, 1).integer_convolutions == 4
+    assert " 4 int8 convolutions" in OnnxRuntimeRunner(master, 1).description
     wanted = plain_session(master).run(None, inputs(seed))
     for model in (lowered, fused):
         for got, value in zip(
