@@ -280,7 +280,7 @@ class Synchroniser(Generic[T]):
         return chosen
 
     def _pivot(self, oldest: int, until: int | None = None) -> int:
-        """The stamp around which an incomplete set is made: the anchor's next to `oldest` (up to `until`), or itself."""
+        """Where an incomplete set is made: at the anchor's stamp near `oldest`, up to `until`, or at that itself."""
         waiting = (image.stamp_ns for image in self._states[self._anchor].waiting)
         anchors = [stamp for stamp in waiting if until is None or stamp <= until]
         return next((stamp for stamp in anchors if abs(stamp - oldest) <= self._spread), oldest)

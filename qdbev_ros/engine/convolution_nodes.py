@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what our convolution kernel can have in a U8 graph, and puts nodes of ours in its place."""
+"""Finds what our convolution kernel can have in a U8 graph, and puts nodes of ours in its place.
+
+What is small stays where it is: each time that the runtime is left costs more than the kernel gains.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ from qdbev_ros.engine.sampling import DOMAIN
 # Codes (B, C, h, w) uint8 in and out, but for pictures, which come as they are; all else is in the `Taken`.
 CONVOLUTION, MAX_POOL = "Convolution", "MaxPoolCodes"
 Taken = dict[str, Convolution | MaxPool]
+Types = dict[str, onnx.ValueInfoProto]
+LEAST_PRODUCTS = 200_000_000  # of a convolution: about half a millisecond on two cores
 
 
 def take_convolutions(lowered: onnx.ModelProto, pictures: str | None) -> tuple[onnx.ModelProto, Taken]:
@@ -36,14 +41,14 @@ def take_convolutions(lowered: onnx.ModelProto, pictures: str | None) -> tuple[o
     inferred = onnx.shape_inference.infer_shapes(lowered, data_prop=True).graph
     types = {v.name: v for v in inferred.value_info}
     graph, taken = Graph(lowered), Taken()
+    # Pools first: whether a convolution reads codes shows only once its pool does.
+    worthwhile = {own.output for _, own in _found(graph, types, pictures)}
     for node in graph.nodes("MaxPool"):
-        _take_pool(graph, node, types, taken)
-    read = [(node, _read(graph, node, pictures)) for node in graph.nodes("Conv")]
-    for node, convolution in read:
-        if convolution is not None and convolution.output in types:
-            (quantise,) = graph.users(node.output[0])
-            _replace(graph, node, convolution, [quantise, clip_behind(graph, quantise)])
-            taken[convolution.output] = convolution
+        _take_pool(graph, node, types, taken, worthwhile)
+    for node, convolution in _found(graph, types, pictures):
+        (quantise,) = graph.users(node.output[0])
+        _replace(graph, node, convolution, [quantise, clip_behind(graph, quantise)])
+        taken[convolution.output] = convolution
     for node in graph.nodes("Add"):
         _take_sum(graph, node, types, taken)
     model = graph.finish(lowered.producer_name, lowered.opset_import[0].version)
@@ -61,23 +66,31 @@ def _replace(
     graph.replace(node, [helper.make_node(CONVOLUTION, inputs, [own.output], name=node.name, domain=DOMAIN)])
 
 
-def _take_pool(
-    graph: Graph, pool: onnx.NodeProto, types: dict[str, onnx.ValueInfoProto], taken: Taken
-) -> None:
-    """A pool of numbers that codes stand for, as one of the codes; the numbers are made behind it."""
-    source, window = graph.producer(pool.input[0]), _window(pool)
-    sides = list(types[pool.output[0]].type.tensor_type.shape.dim) if pool.output[0] in types else []
-    if source is None or source.op_type != "DequantizeLinear" or window is None or len(sides) != 4:
+def _found(graph: Graph, types: Types, pictures: str | None) -> list[tuple[onnx.NodeProto, Convolution]]:
+    """The convolutions that the kernel can have and that are worth it."""
+    read = ((node, _read(graph, node, pictures)) for node in graph.nodes("Conv"))
+    return [(n, own) for n, own in read if own is not None and _products(own, types) >= LEAST_PRODUCTS]
+
+
+def _products(own: Convolution, types: Types) -> int:
+    """Multiplications of a convolution; 0 where the size of its result isn't known."""
+    sides = _sides(types, own.output)
+    pixels = int(np.prod([value for value, _ in (*sides[:1], *sides[2:])])) if len(sides) == 4 else 0
+    return pixels * own.weights.size
+
+
+def _take_pool(graph: Graph, pool: onnx.NodeProto, types: Types, taken: Taken, worthwhile: set[str]) -> None:
+    """A pool of the numbers that a convolution's codes stand for, as one of the codes; numbers are made behind it."""
+    source, window, sides = graph.producer(pool.input[0]), _window(pool), _sides(types, pool.output[0])
+    if source is None or source.op_type != "DequantizeLinear" or source.input[0] not in worthwhile:
         return
-    if not _made(graph, source.input[0]):
-        return
-    if len(pool.output) > 1 or sides[1].dim_value % LANES or sides[1].dim_value == 0:
+    if window is None or len(pool.output) > 1 or len(sides) != 4:
         return
     own = MaxPool(source.input[0], f"{pool.output[0]}_codes", *window)
     made = helper.make_node(MAX_POOL, [own.codes], [own.output], name=pool.name, domain=DOMAIN)
     behind = helper.make_node("DequantizeLinear", [own.output, *source.input[1:]], list(pool.output))
     graph.replace(pool, [made, behind])
-    shape = [side.dim_value or side.dim_param for side in sides]
+    shape = [value or name for value, name in sides]
     types[own.output] = helper.make_tensor_value_info(own.output, TensorProto.UINT8, shape)
     taken[own.output] = own
 
@@ -166,18 +179,14 @@ def _take_sum(graph: Graph, add: onnx.NodeProto, types: dict[str, onnx.ValueInfo
     if any(source is None or source.op_type != "DequantizeLinear" for source in sources):
         return
     pair = [source for source in sources if source is not None]
-    (quantise,) = users
+    (quantise,), shape = users, _sides(types, add.output[0])
     for own, other in (pair, pair[::-1]):
         convolution, maker = taken.get(own.input[0]), graph.producer(own.input[0])
-        alone = graph.users(own.input[0]) == [own] and graph.users(own.output[0]) == [add]
         if not isinstance(convolution, Convolution) or convolution.shortcut or convolution.by_winograd:
             continue
-        if (
-            not alone
-            or maker is None
-            or not _made(graph, other.input[0])
-            or _sides(types, add) != _sides(types, own)
-        ):
+        alone = graph.users(own.input[0]) == [own] and graph.users(own.output[0]) == [add]
+        fits = shape == _sides(types, own.output[0]) and _made(graph, other.input[0])
+        if not alone or not fits or maker is None:
             continue
         steps = [graph.constant(node.input[1]) for node in (other, own)]
         factor, own_factor = (float(np.float32(step / graph.constant(quantise.input[1]))) for step in steps)
@@ -192,6 +201,7 @@ def _take_sum(graph: Graph, add: onnx.NodeProto, types: dict[str, onnx.ValueInfo
         return
 
 
-def _sides(types: dict[str, onnx.ValueInfoProto], node: onnx.NodeProto) -> list[tuple[int, str]]:
-    """The shape of what a node makes; an Add may broadcast."""
-    return [(d.dim_value, d.dim_param) for d in types[node.output[0]].type.tensor_type.shape.dim]
+def _sides(types: Types, name: str) -> list[tuple[int, str]]:
+    """The shape of a tensor, each side by its number or by its name; empty where it isn't known."""
+    dims = types[name].type.tensor_type.shape.dim if name in types else ()
+    return [(d.dim_value, d.dim_param) for d in dims]

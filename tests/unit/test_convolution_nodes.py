@@ -9,6 +9,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qdbev_ros.engine import convolution_nodes
 from qdbev_ros.engine.convolution import Convolution, Grid, MaxPool
 from qdbev_ros.engine.convolution_nodes import take_convolutions
 from qdbev_ros.engine.cut_graph import CutGraph
@@ -16,6 +17,11 @@ from qdbev_ros.engine.sessions import session_options
 from qdbev_ros.engine.stages import cut, split
 
 SIGNED, UNSIGNED = Grid(128, 96, 159), Grid(0, 0, 63)
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution_nodes, "LEAST_PRODUCTS", 1)
 
 
 class Network:
@@ -176,6 +182,17 @@ def test_what_the_kernel_cannot_do_is_left_to_the_runtime() -> None:
     whole = len(Network(1).taken())
     assert len(Network(1, dilation=2).taken()) == whole - 1
     assert Network(1, channels=48).taken() == {}, "channels that do not divide by 64"
+
+
+def test_small_convolutions_are_not_worth_leaving_the_runtime_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    stem, largest = 2 * 8 * 11 * 64 * 3 * 49, 2 * 4 * 6 * 64 * 64 * 9
+    for least, wanted in (
+        (stem, {"stem.codes", "pool_codes", "0.second.codes"}),  # a pool comes with what it reads
+        (largest, {"0.second.codes"}),
+        (largest + 1, set()),
+    ):
+        monkeypatch.setattr(convolution_nodes, "LEAST_PRODUCTS", least)
+        assert set(Network(1).taken()) == wanted
 
 
 @pytest.mark.parametrize("odd", [{"most": 127}, {"high": 127}], ids=str)
