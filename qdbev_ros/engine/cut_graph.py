@@ -15,6 +15,7 @@ import onnx
 import onnxruntime as ort
 
 from qdbev_ros.core.preprocess import PictureGrid
+from qdbev_ros.engine.attention import fuse_attention
 from qdbev_ros.engine.convolution import (
     Convolution,
     ConvolutionKernel,
@@ -26,6 +27,7 @@ from qdbev_ros.engine.convolution_nodes import Taken, take_convolutions
 from qdbev_ros.engine.deformable import DeformableKernel
 from qdbev_ros.engine.kernel_steps import Buffers, ConvolutionStep, PoolStep, SamplingStep, Step, Values
 from qdbev_ros.engine.lowering import fuse_linears, picture_codes
+from qdbev_ros.engine.master import OPSET
 from qdbev_ros.engine.native import KernelError
 from qdbev_ros.engine.sampling import Sampling, inline_samplings
 from qdbev_ros.engine.sessions import check_convolutions, open_session
@@ -77,7 +79,7 @@ class CutGraph:
     def _part(self, model: onnx.ModelProto | None, steps: Sequence[Step] = ()) -> _Part:
         if model is None:
             return _Part(None, steps)
-        lowered = fuse_linears(model)
+        lowered = fuse_attention(fuse_linears(model), OPSET)
         session, optimised = open_session(lowered, self._threads)
         self._integer += check_convolutions(lowered, optimised)
         return _Part(session, steps)

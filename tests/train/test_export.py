@@ -15,8 +15,10 @@ from onnx import TensorProto
 
 from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.engine import cut_graph, load_package, read_package
+from qdbev_ros.engine.attention import fuse_attention
 from qdbev_ros.engine.graph import Graph, unpack_int4
 from qdbev_ros.engine.lowering import fuse_linears, lower_u8
+from qdbev_ros.engine.master import OPSET
 from qdbev_ros.engine.native import KernelError
 from qdbev_ros.engine.sampling import inline_samplings, samplings
 from qdbev_train.checkpoint import save_model
@@ -160,6 +162,14 @@ def test_every_deformable_attention_is_one_node_of_standard_operators(
     plain = inline_samplings(onnx.load_from_string(master))
     assert not plain.functions
     assert {n.domain for n in plain.graph.node} == {""}
+
+
+def test_every_attention_between_queries_is_left_to_the_runtimes_own_operator(
+    student: BEVFormer, master: bytes
+) -> None:
+    fused = fuse_attention(lower_u8(master), OPSET)
+    kinds = Counter(node.op_type for node in fused.graph.node)
+    assert kinds["MultiHeadAttention"] == student.variant.transformer.decoder_layers
 
 
 def test_every_float_weight_that_is_left_is_named(student: BEVFormer, master: bytes) -> None:
