@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="nuscenes", help="topics of the bag (default: %(default)s)")
     parser.add_argument("--engine", default="", help="inference engine (default: the node's own choice)")
     parser.add_argument(
-        "--rate", type=float, help=f"sets a second (default: {SHARE:.0%} of what a short run manages)"
+        "--rate", type=float, help=f"sets a second (default: {SHARE:.0%}% of what a short run manages)"
     )
     parser.add_argument(
         "--warm-up", type=float, help="minutes before memory is judged (default: 5, or a sixth of the run)"

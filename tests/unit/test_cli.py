@@ -42,6 +42,11 @@ def test_every_command_shows_an_example() -> None:
         assert f"qdbev {name}" in (parser.epilog or ""), name
 
 
+def test_every_command_explains_its_arguments() -> None:
+    for name, parser in subcommands().items():
+        assert parser.format_help().startswith(f"usage: qdbev {name}")
+
+
 def test_commands_that_yield_numbers_write_them_as_json() -> None:
     for name in ("eval", "score", "inspect", "import-bevformer", "export-bevformer"):
         assert "--json" in subcommands()[name].format_help()
