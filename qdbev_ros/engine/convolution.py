@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdbev_ros.core.errors import EngineError
+from qdbev_ros.core.errors import EngineError, PackageError
 from qdbev_ros.engine.native import KernelError, Team, load
 
 LANES = 64  # outputs divide by it, and the inputs of Winograd's and of a pool
 PICTURE_CHANNELS = 3  # a convolution of so many reads planes of pictures
 MOST_TAPS = 49  # of a window: 7 x 7
 _PIXEL = 4  # bytes of such a picture's pixel, and what inputs divide by
+_EXACT = ((0, 0), (128, 96))  # code of zero and lowest code, of codes that Winograd's way can have
 _MOST_SUM = 252  # of four codes, counted from the lowest: 128 must fit on top of their differences
 _TWICE_G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.int32)
 _SPOTS, _SUM_SPOT = 16, 5  # of a transformed tile; the one that is the sum of four codes
@@ -69,13 +70,23 @@ class Convolution:
     grid: Grid
     shortcut: Shortcut | None = None
 
+    def __post_init__(self) -> None:
+        """Raises PackageError for what the kernel must not be given: it reads and writes where these numbers say."""
+        outputs, inputs, *window = self.weights.shape
+        lanes = outputs % LANES == 0 and (inputs == PICTURE_CHANNELS or inputs % 4 == 0)
+        arrays = self.weights.dtype == np.int8 and self.bias.shape == self.factors.shape == (outputs,)
+        if not (lanes and arrays and outputs and inputs and len(window) == 2 and window[0] == window[1]):
+            raise PackageError(f"{self.output}: weights {self.weights.shape} are none of our kernel's")
+        _check_window(self.output, window[0], self.stride, self.padding)
+
     @property
     def by_winograd(self) -> bool:
         """Whether Winograd's way is open to it, exactly."""
         source, inputs = self.source, self.weights.shape[1]
         if self.weights.shape[2:] != (3, 3) or (self.stride, self.padding) != (1, 1) or inputs % LANES:
             return False
-        wide = 4 * (source.high - source.low) > _MOST_SUM or source.low not in (source.zero, source.zero - 32)
+        # Of other codes the sum of four does not begin where bytes do.
+        wide = 4 * (source.high - source.low) > _MOST_SUM or (source.zero, source.low) not in _EXACT
         fits = np.abs(transformed(self.weights)).max() <= np.iinfo(np.int8).max
         return self.shortcut is None and not wide and bool(fits)
 
@@ -89,6 +100,16 @@ class MaxPool:
     size: int
     stride: int
     padding: int
+
+    def __post_init__(self) -> None:
+        _check_window(self.output, self.size, self.stride, self.padding)
+
+
+def _check_window(name: str, size: int, stride: int, padding: int) -> None:
+    if not (1 <= size * size <= MOST_TAPS and 0 <= padding < size and stride >= 1):
+        raise PackageError(
+            f"{name}: a window of {size}, stride {stride}, padding {padding} is none of our kernel's"
+        )
 
 
 def transformed(weights: NDArray[np.int8]) -> NDArray[np.int32]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -68,7 +69,7 @@ def _replace(
 
 def _found(graph: Graph, types: Types, pictures: str | None) -> list[tuple[onnx.NodeProto, Convolution]]:
     """The convolutions that the kernel can have and that are worth it."""
-    read = ((node, _read(graph, node, pictures)) for node in graph.nodes("Conv"))
+    read = ((node, _read(graph, node, types, pictures)) for node in graph.nodes("Conv"))
     return [(n, own) for n, own in read if own is not None and _products(own, types) >= LEAST_PRODUCTS]
 
 
@@ -96,51 +97,57 @@ def _take_pool(graph: Graph, pool: onnx.NodeProto, types: Types, taken: Taken, w
 
 
 def _window(node: onnx.NodeProto, kernel: Sequence[int] = ()) -> tuple[int, int, int] | None:
-    """(size, stride, padding) of a square window that the kernel can have and that leaves nothing out."""
-    found = {a.name: list(a.ints) or a.s or a.i for a in node.attribute}
-    kernel = found.get("kernel_shape", kernel)
+    """(size, stride, padding) of a square window that leaves nothing out; `kernel`: sides of the weights, if any."""
+    found: dict[str, Any] = {a.name: list(a.ints) or a.s or a.i for a in node.attribute}
+    sides = [*found.get("kernel_shape", kernel)]
     odd = {*found.get("dilations", [1])} != {1} or found.get("group", 1) != 1 or found.get("ceil_mode", 0)
-    sides = {*kernel}, {*found.get("strides", [1])}, {*found.get("pads", [0])}
-    if odd or found.get("auto_pad", b"NOTSET") != b"NOTSET" or any(len(side) != 1 for side in sides):
+    if odd or found.get("auto_pad", b"NOTSET") != b"NOTSET" or (kernel and sides != [*kernel]):
         return None
-    size, stride, padding = (side.pop() for side in sides)
-    fits = len(kernel) == 2 and size * size <= MOST_TAPS and padding < size
+    numbers = {*sides}, {*found.get("strides", [1])}, {*found.get("pads", [0])}
+    if len(sides) != 2 or any(len(each) != 1 for each in numbers):
+        return None
+    size, stride, padding = (each.pop() for each in numbers)
+    fits = 1 <= size * size <= MOST_TAPS and stride >= 1 and 0 <= padding < size
     return (size, stride, padding) if fits else None
 
 
-def _read(graph: Graph, conv: onnx.NodeProto, pictures: str | None) -> Convolution | None:
+def _read(graph: Graph, conv: onnx.NodeProto, types: Types, pictures: str | None) -> Convolution | None:
     """The convolution where it is of the kernel's kind: integers, rounded to one grid, channels that fit."""
     users, sources = graph.users(conv.output[0]), [graph.producer(name) for name in conv.input]
     if [user.op_type for user in users] != ["QuantizeLinear"]:
         return None
     if any(source is None or source.op_type != "DequantizeLinear" for source in sources):
         return None
-    picture, weight, *biases = (list(source.input) for source in sources if source is not None)
-    weights = graph.constant(weight[0])
+    picture, weight, *biases = (source for source in sources if source is not None)
+    codes, weights, (quantise,) = picture.input[0], graph.constant(weight.input[0]), users
+    steps, grid = _per_tensor(graph, picture), _grid(graph, quantise)
     window = _window(conv, weights.shape[2:])
-    if window is None or weights.dtype != np.int8:
+    if steps is None or grid is None or window is None or weights.dtype != np.int8:
         return None
     outputs, inputs = weights.shape[:2]
-    if picture[0] == pictures:
-        fits = inputs == PICTURE_CHANNELS
-    else:
-        fits = inputs % 4 == 0 and _made(graph, picture[0])
-    if not fits or outputs % LANES:
+    fits = inputs == PICTURE_CHANNELS if codes == pictures else inputs % 4 == 0 and _made(graph, codes)
+    bias = graph.constant(biases[0].input[0]) if biases else np.zeros(outputs, np.int32)
+    if not fits or outputs % LANES or bias.shape != (outputs,) or not _are_bytes(types, codes):
         return None
-    grid, (quantise,) = _grid(graph, users[0]), users
     # In this order ONNX Runtime makes the factor, too.
-    step = graph.constant(picture[1]) * graph.constant(weight[1])
-    factors = (step / graph.constant(quantise.input[1])).astype(np.float32)
-    return Convolution(
-        picture[0],
-        _codes_of(graph, quantise),
-        weights,
-        graph.constant(biases[0][0]) if biases else np.zeros(outputs, np.int32),
-        np.broadcast_to(factors, outputs),
-        *window[1:],
-        _source_grid(graph, picture),
-        grid,
+    factors = (steps[0] * graph.constant(weight.input[1]) / graph.constant(quantise.input[1])).astype(
+        np.float32
     )
+    source, result = _source_grid(graph, codes, steps[1]), _codes_of(graph, quantise)
+    if factors.size not in (1, outputs) or graph.is_output(result):
+        return None
+    factors = np.broadcast_to(factors.reshape(-1), outputs)
+    return Convolution(codes, result, weights, bias, factors, *window[1:], source, grid)
+
+
+def _per_tensor(graph: Graph, node: onnx.NodeProto) -> tuple[np.float32, int] | None:
+    """(step, code of zero) of a QuantizeLinear or DequantizeLinear with one step for all of its bytes."""
+    if len(node.input) != 3 or not all(graph.is_constant(name) for name in node.input[1:]):
+        return None
+    step, zero = (graph.constant(name) for name in node.input[1:])
+    if step.size != 1 or zero.size != 1 or zero.dtype != np.uint8:
+        return None
+    return np.float32(step.item()), int(zero.item())
 
 
 def _made(graph: Graph, codes: str) -> bool:
@@ -148,56 +155,66 @@ def _made(graph: Graph, codes: str) -> bool:
     return graph.producer(codes) is not None
 
 
+def _are_bytes(types: Types, codes: str) -> bool:
+    return codes in types and types[codes].type.tensor_type.elem_type == TensorProto.UINT8
+
+
 def _codes_of(graph: Graph, quantise: onnx.NodeProto) -> str:
     return str((clip_behind(graph, quantise) or quantise).output[0])
 
 
-def _grid(graph: Graph, quantise: onnx.NodeProto) -> Grid:
+def _grid(graph: Graph, quantise: onnx.NodeProto) -> Grid | None:
     """The codes behind a QuantizeLinear."""
-    zero, clip = int(graph.constant(quantise.input[2])), clip_behind(graph, quantise)
-    return Grid(zero, 0, 255) if clip is None else Grid(zero, *_bounds(graph, clip))
+    steps = _per_tensor(graph, quantise)
+    return None if steps is None else Grid(steps[1], *_bounds(graph, clip_behind(graph, quantise)))
 
 
-def _bounds(graph: Graph, clip: onnx.NodeProto) -> tuple[int, int]:
+def _bounds(graph: Graph, clip: onnx.NodeProto | None) -> tuple[int, int]:
+    """The lowest and highest byte behind a Clip, or behind nothing that tells."""
+    if clip is None or clip.op_type != "Clip" or len(clip.input) != 3 or not all(clip.input):
+        return 0, 255
     low, high = (int(graph.constant(name)) for name in clip.input[1:])
     return low, high
 
 
-def _source_grid(graph: Graph, dequantised: list[str]) -> Grid:
-    """The codes that a DequantizeLinear with these inputs reads."""
-    zero, maker = int(graph.constant(dequantised[2])), graph.producer(dequantised[0])
+def _source_grid(graph: Graph, codes: str, zero: int) -> Grid:
+    maker = graph.producer(codes)
     while maker is not None and maker.op_type in (MAX_POOL, "Resize"):
         maker = graph.producer(maker.input[0])
-    return Grid(zero, *(_bounds(graph, maker) if maker is not None and maker.op_type == "Clip" else (0, 255)))
+    return Grid(zero, *_bounds(graph, maker))
 
 
-def _take_sum(graph: Graph, add: onnx.NodeProto, types: dict[str, onnx.ValueInfoProto], taken: Taken) -> None:
+def _take_sum(graph: Graph, add: onnx.NodeProto, types: Types, taken: Taken) -> None:
     """Lets one of our convolutions add what its codes are added to, where nobody else reads them."""
     sources, users = [graph.producer(name) for name in add.input], graph.users(add.output[0])
     if [user.op_type for user in users] != ["QuantizeLinear"] or len({*add.input}) < 2:
         return
     if any(source is None or source.op_type != "DequantizeLinear" for source in sources):
         return
-    pair = [source for source in sources if source is not None]
-    (quantise,), shape = users, _sides(types, add.output[0])
+    pair, (quantise,) = [source for source in sources if source is not None], users
+    grid, result, shape = _grid(graph, quantise), _codes_of(graph, quantise), _sides(types, add.output[0])
+    # An Add may broadcast.
+    alike = all(_sides(types, source.output[0]) == shape for source in pair)
+    if grid is None or not alike or not shape or graph.is_output(result) or result not in types:
+        return
     for own, other in (pair, pair[::-1]):
-        convolution, maker = taken.get(own.input[0]), graph.producer(own.input[0])
+        convolution, maker, codes = taken.get(own.input[0]), graph.producer(own.input[0]), other.input[0]
         if not isinstance(convolution, Convolution) or convolution.shortcut or convolution.by_winograd:
             continue
         alone = graph.users(own.input[0]) == [own] and graph.users(own.output[0]) == [add]
-        fits = shape == _sides(types, own.output[0]) and _made(graph, other.input[0])
-        if not alone or not fits or maker is None:
+        steps = _per_tensor(graph, other), _per_tensor(graph, own)
+        if not alone or maker is None or steps[0] is None or steps[1] is None:
             continue
-        steps = [graph.constant(node.input[1]) for node in (other, own)]
-        factor, own_factor = (float(np.float32(step / graph.constant(quantise.input[1]))) for step in steps)
-        zero = int(graph.constant(other.input[2]))
-        shortcut = Shortcut(other.input[0], zero, factor, own_factor, _grid(graph, quantise))
-        summed = replace(convolution, output=_codes_of(graph, quantise), shortcut=shortcut)
-        if summed.output not in types:
-            return
+        if not _made(graph, codes) or not _are_bytes(types, codes):
+            continue
+        unit = graph.constant(quantise.input[1]).item()
+        factor, own_factor = (float(np.float32(step / np.float32(unit))) for step, _ in (steps[0], steps[1]))
+        summed = replace(
+            convolution, output=result, shortcut=Shortcut(codes, steps[0][1], factor, own_factor, grid)
+        )
         _replace(graph, maker, summed, [own, add, quantise, clip_behind(graph, quantise)])
         del taken[convolution.output]
-        taken[summed.output] = summed
+        taken[result] = summed
         return
 
 

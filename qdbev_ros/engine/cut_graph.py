@@ -9,7 +9,6 @@ without copying, and our kernels run in between. Without a compiler the graph st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 import onnx
 import onnxruntime as ort
@@ -59,10 +58,8 @@ class CutGraph:
             self._part(stage.model, [kernels.step(node) for node in stage.behind]) for stage in cut(lowered)
         ]
         self._buffers, self._read_last = Buffers(), _read_last(self._parts)
-        own = kernels.convolutions
         self.description = (
-            f"{self._integer + own} int8 convolutions{f', {own} of them by our own kernel' if own else ''}, "
-            f"{kernels.sampling}"
+            f"{self._integer + kernels.convolutions} int8 convolutions{kernels.share}, {kernels.sampling}"
         )
 
     def run(self, values: Values) -> None:
@@ -122,6 +119,7 @@ class _Kernels:
         self._sampling: DeformableKernel | None = None
         self._convolution: ConvolutionKernel | None = None
         self._taken: Taken = {}
+        self._missing = ""  # why there is no kernel for convolutions
         try:
             self._sampling = DeformableKernel(threads)
             self.sampling = "deformable attention by our own kernel"
@@ -129,8 +127,10 @@ class _Kernels:
             self.sampling = (
                 f"deformable attention by GridSample, three times slower or worse, because {error}"
             )
-        with suppress(KernelError):  # ONNX Runtime has an integer convolution, too
+        try:
             self._convolution = ConvolutionKernel(threads)
+        except KernelError as error:  # ONNX Runtime has an integer convolution, too
+            self._missing = str(error)
 
     @property
     def artefact(self) -> str:
@@ -143,6 +143,13 @@ class _Kernels:
     def convolutions(self) -> int:
         """How many of them run in our kernel."""
         return sum(isinstance(own, Convolution) for own in self._taken.values())
+
+    @property
+    def share(self) -> str:
+        """What the engine says about convolutions."""
+        if self._missing:
+            return f" (none by our own kernel, because {self._missing})"
+        return f", {self.convolutions} of them by our own kernel" if self.convolutions else ""
 
     def take_nodes(self, lowered: onnx.ModelProto, pictures: str | None) -> onnx.ModelProto:
         """The graph with nodes of ours where there are kernels for them, and there alone."""

@@ -113,6 +113,10 @@ class Graph:
         """The node that a tensor comes from; None for inputs and initialisers."""
         return self._makers.get(name)
 
+    def is_output(self, name: str) -> bool:
+        """The tensor is one of the graph's results."""
+        return name in self._outputs
+
     def is_constant(self, name: str) -> bool:
         """The tensor depends on initialisers alone, through simple arithmetic."""
         if name in self.initializers:

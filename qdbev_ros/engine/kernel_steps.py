@@ -28,12 +28,19 @@ class Buffers:
     def take(self, name: str, shape: Sequence[int], dtype: Any) -> ort.OrtValue:
         """Room for the tensor `name`."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self.give(name)  # from the frame before
-        fitting = [i for i, buffer in enumerate(self._free) if size <= buffer.size <= 2 * size]
-        best = min(fitting, key=lambda i: self._free[i].size, default=None)
-        buffer = np.empty(size, np.uint8) if best is None else self._free.pop(best)
+        # From the frame before. Where it does not fit any more it is let go: kept for others, such ones would pile up.
+        buffer = self._used.pop(name, None)
+        if buffer is None or not size <= buffer.size <= 2 * size:
+            fitting = [i for i, kept in enumerate(self._free) if size <= kept.size <= 2 * size]
+            best = min(fitting, key=lambda i: self._free[i].size, default=None)
+            buffer = np.empty(size, np.uint8) if best is None else self._free.pop(best)
         self._used[name] = buffer
         return ort.OrtValue.ortvalue_from_numpy(buffer[:size].view(dtype).reshape(shape))
+
+    @property
+    def size(self) -> int:
+        """Bytes that are held."""
+        return sum(buffer.size for buffer in (*self._free, *self._used.values()))
 
     def give(self, name: str) -> None:
         """Takes the room of the tensor back; of one that isn't here, none."""
@@ -74,6 +81,7 @@ class ConvolutionStep:
         """The codes of the result, (images, height, width, outputs)."""
         c = self._prepared.convolution
         codes = values[c.codes]
+        _require_bytes(self.output, codes)
         images, height, width, inputs = codes.shape()
         if c.weights.shape[1] == PICTURE_CHANNELS:
             height, width, inputs = width, inputs, height
@@ -82,6 +90,7 @@ class ConvolutionStep:
         shortcut = None
         if c.shortcut is not None:
             other = values[c.shortcut.codes]
+            _require_bytes(self.output, other)
             if other.shape() != out.shape():
                 raise EngineError(f"{self.output}: a shortcut of {other.shape()} for {out.shape()}")
             shortcut = other.data_ptr()
@@ -99,11 +108,17 @@ class PoolStep:
     def __call__(self, values: Values, buffers: Buffers) -> ort.OrtValue:
         """The codes of the result, (images, height, width, channels)."""
         codes = values[self._prepared.pool.codes]
+        _require_bytes(self.output, codes)
         images, height, width, channels = codes.shape()
         sides = images, height, width, channels
         out = buffers.take(self.output, self._prepared.sides(sides), np.uint8)
         self._prepared(codes.data_ptr(), sides, out.data_ptr())
         return out
+
+
+def _require_bytes(output: str, codes: ort.OrtValue) -> None:
+    if codes.data_type() != "tensor(uint8)" or len(codes.shape()) != 4:
+        raise EngineError(f"{output}: the kernel reads maps of bytes alone, not {codes.data_type()}")
 
 
 Step = SamplingStep | ConvolutionStep | PoolStep

@@ -2,8 +2,8 @@
 """The network on the CPU: ONNX Runtime's kernels, and our own where it has none that are fast.
 
 ONNX Runtime says nothing when it cannot fuse a quantised convolution and runs it in float instead, several times
-slower. So the graph that it really runs is read back at start-up, and the runner refuses to start unless all of them
-are int8.
+slower. So the graphs that it really runs are read back at start-up, and the runner refuses to start unless all that is
+left to it of them is int8.
 """
 
 from __future__ import annotations

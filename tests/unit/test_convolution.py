@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdbev_ros.core.errors import EngineError
+from qdbev_ros.core.errors import EngineError, PackageError
 from qdbev_ros.engine.convolution import (
     Convolution,
     ConvolutionKernel,
@@ -213,12 +214,14 @@ def test_numbers_beyond_all_integers_are_cut_off_as_any_other(sign: int, code: i
         {"padding": 0},
         {"source": BYTES},
         {"source": Grid(128, 0, 63)},
-        {"weights": np.full((64, 64, 3, 3), 127, np.int8)},
+        {"source": Grid(32, 0, 63)},
+        {"source": Grid(128, 128, 191)},
+        {"weights": np.full((64, 64, 3, 3), 15, np.int8)},
         {"shortcut": Shortcut("other", 0, 1.0, 1.0, UNSIGNED)},
     ],
-    ids=lambda odd: next(iter(odd)),
+    ids=lambda odd: next(f"{key} {value}" if key == "source" else key for key, value in odd.items()),
 )
-def test_winograd_is_left_alone_where_it_would_not_be_exact_or_does_not_apply(odd: dict[str, object]) -> None:
+def test_winograd_is_left_alone_where_it_would_not_be_exact_or_does_not_apply(odd: dict[str, Any]) -> None:
     c = convolution(64, 64, (UNSIGNED, UNSIGNED), 0)
     assert c.by_winograd
     assert not replace(c, **odd).by_winograd
@@ -243,6 +246,33 @@ def test_a_pool_takes_the_largest_codes(
     np.testing.assert_array_equal(out, windows[:, ::stride, ::stride].max((-2, -1)))
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"weights": np.zeros((64, 64, 3, 2), np.int8)},
+        {"weights": np.zeros((63, 64, 3, 3), np.int8)},
+        {"weights": np.zeros((64, 6, 3, 3), np.int8)},
+        {"weights": np.zeros((64, 64, 8, 8), np.int8)},
+        {"weights": np.zeros((64, 64, 3, 3), np.int16)},
+        {"bias": np.zeros(65, np.int32)},
+        {"factors": np.zeros(1, np.float32)},
+        {"stride": 0},
+        {"padding": -1},
+        {"padding": 3},
+    ],
+    ids=lambda odd: next(iter(odd)),
+)
+def test_the_kernel_is_never_given_what_it_would_read_beyond(odd: dict[str, Any]) -> None:
+    with pytest.raises(PackageError, match=r"result: .* none of our kernel's"):
+        replace(convolution(64, 64, (UNSIGNED, UNSIGNED), 0), **odd)
+
+
+@pytest.mark.parametrize("odd", [{"size": 8}, {"size": 0}, {"stride": 0}, {"padding": 3}, {"padding": -1}])
+def test_nor_is_the_pool(odd: dict[str, Any]) -> None:
+    with pytest.raises(PackageError, match="none of our kernel's"):
+        MaxPool(**{"codes": "codes", "output": "result", "size": 3, "stride": 1, "padding": 1} | odd)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     c = convolution(64, 64, (UNSIGNED, UNSIGNED), 0)
     with pytest.raises(EngineError, match="expected 64 channels"):
@@ -256,6 +286,26 @@ def test_what_does_not_fit_is_refused() -> None:
     }
     with pytest.raises(EngineError, match="a shortcut of"):
         ConvolutionStep(PreparedConvolution(shortened, kernel(1)))(tensors, Buffers())
+
+
+@pytest.mark.parametrize("name", ["codes", "other"])
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((1, 4, 4, 64), np.int8), np.zeros((1, 4, 64), np.uint8)], ids=["int8", "flat"]
+)
+def test_anything_but_maps_of_bytes_is_refused(name: str, wrong: np.ndarray) -> None:
+    c = convolution(64, 64, (UNSIGNED, UNSIGNED), 0, with_shortcut=True)
+    arrays = dict.fromkeys(("codes", "other"), np.zeros((1, 4, 4, 64), np.uint8)) | {name: wrong}
+    tensors = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    with pytest.raises(EngineError, match="maps of bytes alone"):
+        ConvolutionStep(PreparedConvolution(c, kernel(1)))(tensors, Buffers())
+
+
+def test_results_that_change_their_size_do_not_pile_up() -> None:
+    buffers, random = Buffers(), np.random.default_rng(0)
+    for rows in random.integers(1, 2000, 300):
+        for name in ("a", "b"):
+            buffers.take(name, [int(rows), 64], np.float32)
+    assert buffers.size <= 2 * 2 * 2000 * 64 * 4
 
 
 def test_room_is_used_again_once_it_was_given_back() -> None:

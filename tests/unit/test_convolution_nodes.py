@@ -214,6 +214,50 @@ def test_codes_that_somebody_else_reads_are_kept() -> None:
     assert "shortcut.codes" not in taken, "the other side adds"
 
 
+def altered(op_type: str, name: str, **attributes: object) -> dict[str, Convolution | MaxPool]:
+    """What is taken of a network with other attributes on one node."""
+    network = Network(1)
+    node = next(n for n in network.model.graph.node if n.op_type == op_type and n.name == name)
+    kept = [a for a in node.attribute if a.name not in attributes]
+    del node.attribute[:]
+    node.attribute.extend([*kept, *(helper.make_attribute(k, v) for k, v in attributes.items())])
+    return network.taken()
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"kernel_shape": [5, 5]},
+        {"kernel_shape": [3, 1], "pads": [1, 0, 1, 0]},
+        {"pads": [-1, -1, -1, -1]},
+        {"strides": [0, 0]},
+        {"auto_pad": "SAME_UPPER", "pads": [0, 0, 0, 0]},
+    ],
+    ids=str,
+)
+def test_windows_that_are_forged_or_odd_are_not_taken(attributes: dict[str, object]) -> None:
+    assert "0.second.codes" not in altered("Conv", "0.second", **attributes)
+
+
+def test_codes_that_are_no_bytes_are_not_taken() -> None:
+    """Half a byte each, say: the kernel would read twice as far as there is."""
+    network = Network(1)
+    graph = network.model.graph
+    (reader,) = (n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] == "0.first.codes")
+    at = list(graph.node).index(reader)
+    graph.node.insert(at, helper.make_node("Cast", ["0.first.codes"], ["nibbles"], to=TensorProto.UINT4))
+    graph.initializer.append(helper.make_tensor("nibble", TensorProto.UINT4, [], [0]))
+    reader.input[0], reader.input[2] = "nibbles", "nibble"
+    assert "0.second.codes" not in network.taken()
+
+
+def test_numbers_without_a_code_for_zero_are_left_to_the_runtime() -> None:
+    network = Network(1)
+    (reader,) = (n for n in network.model.graph.node if list(n.input[:1]) == ["0.first.codes"])
+    del reader.input[2]
+    assert "0.second.codes" not in network.taken()
+
+
 def test_planes_that_are_no_pictures_are_left_to_the_runtime() -> None:
     """Inputs of the graph lie channels first."""
     network = Network(1)

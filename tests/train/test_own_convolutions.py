@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole packages of ResNets through our convolution kernel: BEVFormer's three variants, small.
+
+Deformable convolutions, several feature maps and their sums lie between the convolutions of small and base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.packages import TOWN, unsettle
+from qdbev_ros.core.variant import Variant, load_variant
+from qdbev_ros.engine import convolution_nodes, load_package
+from qdbev_ros.engine.convolution import ConvolutionKernel
+from qdbev_ros.engine.native import KernelError
+from qdbev_train.data.queues import QueueDataset
+from qdbev_train.data.tables import load_scenes
+from qdbev_train.export.package import export_package
+from qdbev_train.model import build_model
+from qdbev_train.quantization import QuantConfig, calibrate, quantise_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter warns about constant shapes
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    try:
+        ConvolutionKernel(1)
+    except KernelError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(convolution_nodes, "LEAST_PRODUCTS", 1)
+    monkeypatch.setenv("QDBEV_CACHE", str(tmp_path / "cache"))
+
+
+def shallow(name: str) -> Variant:
+    """160x96 pixels, odd maps, 10x10 cells, 30 queries, one encoder and one decoder layer, ResNet-50 for 101."""
+    variant = load_variant(name)
+    return replace(
+        variant,
+        backbone=replace(variant.backbone, depth=50),
+        image=replace(variant.image, height=96, width=160),
+        bev=replace(variant.bev, height=10, width=10),
+        transformer=replace(variant.transformer, encoder_layers=1, decoder_layers=1, queries=30),
+    )
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [("tiny", 55), ("small", 55), ("base", 60)])
+def test_a_package_passes_the_gate(name: str, convolutions: int, tmp_path: Path) -> None:
+    variant = shallow(name)
+    torch.manual_seed(0)
+    model = build_model(variant).eval().requires_grad_(False)
+    unsettle(model)
+    *_, batch = next(iter(QueueDataset(load_scenes(*TOWN), variant, batch=1, seed=0)))
+    fast = {"weight_range": "minmax", "activation_range": "minmax", "weight_rounding": "nearest"}
+    config = QuantConfig(**fast, bias_correction=False)  # type: ignore[arg-type]
+    student = quantise_model(model, config).eval()
+    calibrate(student, [batch], config)
+    export_package(student, variant, config, tmp_path / "w4a6.qdbev", {"weights": "random"}, {})
+    engine = load_package(tmp_path / "w4a6.qdbev", backend="onnxruntime", threads=1)
+    assert f"{convolutions} of them by our own kernel" in engine.description
