@@ -41,13 +41,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="the fake-quantised model that the package was made of, compared as well (needs torch)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the table here, as Markdown")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from qdbev_ros.core.files import write_text
     from qdbev_ros.engine.backends import BACKENDS, check_backend
     from qdbev_ros.engine.package import read_package
     from qdbev_ros.engine.parity import make_reference
@@ -71,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
             except EngineError as error:
                 outcomes[name] = error
             bar.update()
-    print(_table(reference.limits, outcomes))
+    rows = _rows(reference.limits, outcomes)
+    print(_table(rows))
+    if args.report:
+        write_text(args.report, _markdown(rows))
     if args.json:
         _write(args.json, package, outcomes)
     refused = [name for name, outcome in outcomes.items() if _refused(outcome, name in (args.backend or ()))]
@@ -117,22 +122,35 @@ def _torch(package: Package, checkpoint: Path) -> Sequence[Outputs]:
     return answers
 
 
-def _table(limits: dict[str, Figures], outcomes: dict[str, Outcome]) -> str:
-    """Spread and shift of every stage, the worse of the frames."""
-    lines = [f"{'spread / shift':<14}" + "".join(f"{stage:>18}" for stage in limits)]
-    cells = "".join(f"{f'{most.spread:.3f} / {most.shift:.3f}':>18}" for most in limits.values())
-    lines.append(f"{'limit':<14}{cells}")
+def _rows(limits: dict[str, Figures], outcomes: dict[str, Outcome]) -> list[list[str]]:
+    """Spread and shift of every stage, the worse of the frames: a row for each engine, its verdict or reason last."""
+    head = ["spread / shift", *limits, ""]
+    rows = [head, ["limit", *(f"{most.spread:.3f} / {most.shift:.3f}" for most in limits.values()), ""]]
     for name, outcome in outcomes.items():
         if isinstance(outcome, EngineError):
-            lines.append(f"{name:<14}  {outcome}")
+            rows.append([name, *("" for _ in limits), str(outcome)])
             continue
-        cells = ""
+        cells = []
         for stage in limits:
             own = [result for result in outcome.results if result.stage == stage]
             worst = [max(r.spread for r in own), max(r.shift for r in own)] if own else []
-            cells += f"{' / '.join(f'{figure:.3f}' for figure in worst) or '-':>18}"
-        lines.append(f"{name:<14}{cells}  {'passed' if outcome.passed else 'FAILED'}")
+            cells.append(" / ".join(f"{figure:.3f}" for figure in worst) or "-")
+        rows.append([name, *cells, "passed" if outcome.passed else "FAILED"])
+    return rows
+
+
+def _table(rows: list[list[str]]) -> str:
+    """For a terminal; a reason takes the room of the figures that it stands for."""
+    lines = []
+    for name, *cells, verdict in rows:
+        figures = "".join(f"{cell:>18}" for cell in cells) if any(cells) else ""
+        lines.append(f"{name:<14}{figures}  {verdict}".rstrip())
     return "\n".join(lines)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *others = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *others]) + "\n"
 
 
 def _write(path: Path, package: Package, outcomes: dict[str, Outcome]) -> None:

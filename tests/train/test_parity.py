@@ -51,9 +51,16 @@ def package(folder: Path) -> Package:
 def test_pytorch_and_all_engines_that_run_here_agree(folder: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--checkpoint", str(folder / "small.safetensors"), "--threads", "1"]
     report = folder / "new folder" / "parity.json"
-    assert main(["parity", str(folder / "small.qdbev"), *arguments, "--json", str(report)]) == 0
+    arguments += ["--json", str(report), "--report", str(folder / "parity.md")]
+    assert main(["parity", str(folder / "small.qdbev"), *arguments]) == 0
     table = capsys.readouterr().out
     assert "class logits" in table
+    head, _, *rows = (folder / "parity.md").read_text().splitlines()
+    assert head.startswith("| spread / shift | ")
+    assert [row.split(" | ")[0] for row in rows] == [
+        f"| {name}" for name in ("limit", "pytorch", "onnxruntime", "openvino", "tensorrt")
+    ]
+    assert {row.count("|") for row in (head, *rows)} == {head.count("|")}
     engines = json.loads(report.read_text())["engines"]
     assert engines["pytorch"]["passed"]
     assert engines["onnxruntime"]["passed"]
