@@ -86,6 +86,12 @@ class Boxes:
         """(K, 3) sizes as ROS has them: x length, y width, z height in metres."""
         return self.sizes[:, [1, 0, 2]]
 
+    def noses(self) -> Array:
+        """(K, 3) half a metre before the middle of the front: where a line from the centre shows the heading."""
+        reach = self.sizes[:, 1] / 2 + 0.5
+        ahead = np.column_stack([reach * np.cos(self.yaws), reach * np.sin(self.yaws), np.zeros(len(self))])
+        return self.centers + ahead
+
     def corners(self) -> Array:
         """(K, 8, 3): front left, front right, back right, back left of the bottom, then the same of the top."""
         w, length, h = self.sizes.T

@@ -77,10 +77,8 @@ def encode_markers(stamp_ns: int, frame: str, boxes: Boxes, previous: int, lifet
     center, ones = boxes.centers, np.ones(len(boxes))
     upright = np.column_stack([np.zeros((len(boxes), 6)), ones])
     markers.add("body", CUBE, np.hstack([boxes.poses(), boxes.lengths_first()]), PALE)
-    nose = boxes.sizes[:, 1:2] / 2 + 0.5
-    front = center + nose * _flat(np.column_stack([np.cos(boxes.yaws), np.sin(boxes.yaws)]))
     pose = np.hstack([upright, np.outer(ones, (0.1, 0.0, 0.0))])
-    markers.add("heading", LINE_STRIP, pose, STRONG, np.hstack([center, front]))
+    markers.add("heading", LINE_STRIP, pose, STRONG, np.hstack([center, boxes.noses()]))
     ends = np.hstack([center, center + _flat(boxes.velocities)])
     pose = np.hstack([upright, np.outer(ones, (0.15, 0.4, 0.4))])
     markers.add("velocity", ARROW, pose, STRONG, ends, np.hypot(*boxes.velocities.T) < MOVING_ARROW)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bag and the node's answers to it as one Rerun recording (.rrd). Works without a running ROS.
 
-Entities: world (the fixed frame), world/truth, world/ego, world/ego/model/{detections,motion}, world/ego/CAM_X/image.
-Boxes stand in the model frame of their stamp; each camera hangs on the vehicle as it stood at its own picture's stamp.
+Entities: world (the fixed frame), world/ego (the vehicle), world/model/{detections,motion}, world/truth, world/CAM_X/image;
+below detections and truth, heading.
+Model frame and cameras stand in the fixed frame where the vehicle held them at the stamp of the answer and of the picture:
+between those the vehicle moves on, and boxes and pictures must not move with it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from qdbev_ros.core.pose_buffer import TransformUnavailable
 from qdbev_ros.core.variant import CAMERAS, CLASSES
 from qdbev_ros.ros.bags import BagReader
 from qdbev_ros.ros.calibration_file import RigCalibration
+from qdbev_ros.ros.encode import MOVING_ARROW
 from qdbev_ros.ros.presets import TopicPreset
 from qdbev_ros.ros.recording import (
     read_detections,
@@ -40,6 +43,10 @@ from qdbev_ros.ros.recording import (
 
 INSTALL = "pip install --no-deps -r requirements/rerun.txt"
 APPLICATION = "qdbev"
+BACKGROUND = (24, 26, 30)
+ARROW_RADIUS = 0.08  # m
+AXES = 3.0  # m, of the vehicle
+PICTURE_DISTANCE = 2.5  # m from a camera to where its picture hangs in 3D
 ADVICE = "--calibration FILE can say what the bag does not"
 
 
@@ -113,18 +120,21 @@ class _Writer:
         self._stream = stream
         self._places = places
         self._preset = preset
+        self._last_ego = Pose.identity()
 
     def detections(self, stamp: int, boxes: Boxes) -> None:
         """Boxes in the model frame, and arrows for the motion in one second."""
         rerun = self._rerun
-        self._ego(stamp)
-        self._place("world/ego/model", self._places.model(stamp))
+        self._place("world/model", self._ego(stamp) @ self._places.model(stamp))
         colors = np.array([COLORS[CLASSES[label]][::-1] for label in boxes.labels], np.uint8).reshape(-1, 3)
         labels = [f"{CLASSES[label]} {score:.2f}" for label, score in zip(boxes.labels, boxes.scores)]
-        self._boxes("world/ego/model/detections", boxes, colors, labels)
+        self._boxes("world/model/detections", boxes, colors, labels, width=2.0)
+        moves = np.hypot(*boxes.velocities.T) >= MOVING_ARROW
         motion = np.column_stack([boxes.velocities, np.zeros(len(boxes))])
-        arrows = rerun.Arrows3D(origins=boxes.centers, vectors=motion, colors=colors)
-        self._stream.log("world/ego/model/motion", arrows)
+        arrows = rerun.Arrows3D(
+            origins=boxes.centers[moves], vectors=motion[moves], colors=colors[moves], radii=ARROW_RADIUS
+        )
+        self._stream.log("world/model/motion", arrows)
         self.counts["sets"] += 1
         self.counts["detections"] += len(boxes)
 
@@ -132,7 +142,7 @@ class _Writer:
         """Annotated boxes in the fixed frame."""
         self._time(stamp)
         colors = np.tile(np.array(TRUTH_COLOR, np.uint8), (len(boxes), 1))
-        self._boxes("world/truth", boxes, colors, [CLASSES[label] for label in boxes.labels])
+        self._boxes("world/truth", boxes, colors, [CLASSES[label] for label in boxes.labels], width=1.0)
         self.counts["annotations"] += len(boxes)
 
     def pictures(self, bag: BagReader, calibration: RigCalibration) -> dict[str, str]:
@@ -142,6 +152,7 @@ class _Writer:
         cameras = {preset.image_topic(camera): camera for camera in CAMERAS if camera in intrinsics}
         messages = bag.messages(list(cameras))
         total = sum(bag.counts[topic] for topic in cameras)
+        self._last_ego = Pose.identity()  # time starts again
         for topic, _, message in tqdm(messages, "pictures", total, disable=None):
             camera, stamp = cameras[topic], stamp_ns(message.header)
             known = intrinsics[camera]
@@ -150,11 +161,13 @@ class _Writer:
             except TransformUnavailable as error:
                 left_out[camera] = str(error)
                 continue
-            self._ego(stamp)
-            self._place(f"world/ego/{camera}", place)
-            entity = f"world/ego/{camera}/image"
+            self._place(f"world/{camera}", self._ego(stamp) @ place)
+            entity = f"world/{camera}/image"
             size = [known.width, known.height]
-            self._stream.log(entity, rerun.Pinhole(image_from_camera=known.matrix, resolution=size))
+            pinhole = rerun.Pinhole(
+                image_from_camera=known.matrix, resolution=size, image_plane_distance=PICTURE_DISTANCE
+            )
+            self._stream.log(entity, pinhole)
             data, kind = _encoded(message, preset.image_type)
             self._stream.log(entity, rerun.EncodedImage(contents=data, media_type=kind))
             self.counts["pictures"] += 1
@@ -162,27 +175,36 @@ class _Writer:
             self.counts["cameras left out"] = len(left_out)
         return left_out
 
-    def _boxes(self, entity: str, boxes: Boxes, colors: Any, labels: list[str]) -> None:
-        turned = boxes.poses()[:, 3:]
+    def _boxes(self, entity: str, boxes: Boxes, colors: Any, labels: list[str], width: float) -> None:
+        """Boxes with their headings; `width` of the lines in points of the screen."""
+        radii = self._rerun.Radius.ui_points(width / 2)
         self._stream.log(
             entity,
             self._rerun.Boxes3D(
-                centers=boxes.centers, half_sizes=boxes.lengths_first() / 2, quaternions=turned, colors=colors,
-                labels=labels, show_labels=False,
+                centers=boxes.centers, half_sizes=boxes.lengths_first() / 2, quaternions=boxes.poses()[:, 3:],
+                colors=colors, labels=labels, show_labels=False, radii=radii,
             ),
         )  # fmt: skip
+        headings = np.stack([boxes.centers, boxes.noses()], axis=1)
+        self._stream.log(
+            f"{entity}/heading", self._rerun.LineStrips3D(headings, colors=colors, radii=radii)
+        )
 
-    def _ego(self, stamp: int) -> None:
-        """The vehicle's place; it stays where it was when nothing says where it is."""
+    def _ego(self, stamp: int) -> Pose:
+        """Logs the vehicle's place and returns it; it stays where it was when nothing says where it is."""
         self._time(stamp)
         try:
-            self._place("world/ego", self._places.ego(stamp))
+            self._last_ego = self._places.ego(stamp)
         except TransformUnavailable:
             self.counts["stamps without ego motion"] += 1
+        self._place("world/ego", self._last_ego, axis_length=AXES)
+        return self._last_ego
 
-    def _place(self, entity: str, pose: Pose) -> None:
+    def _place(self, entity: str, pose: Pose, axis_length: float = 0.0) -> None:
         w, x, y, z = pose.rotation
-        placed = self._rerun.Transform3D(translation=pose.translation, quaternion=[x, y, z, w])
+        placed = self._rerun.Transform3D(
+            translation=pose.translation, quaternion=[x, y, z, w], axis_length=axis_length
+        )
         self._stream.log(entity, placed)
 
     def _time(self, stamp: int) -> None:
@@ -200,17 +222,29 @@ def _encoded(message: Any, image_type: str) -> tuple[bytes, str]:
 
 
 def _blueprint() -> Any:
-    """Cameras as on a wall, boxes projected into them, beside the world."""
+    """Cameras as on a wall, boxes projected into them, above the vehicle and its surroundings."""
     views: Any = importlib.import_module("rerun.blueprint")
-    contents = ["$origin/**", "/world/ego/model/**", "/world/truth"]
+    boxes = ["/world/truth/**", "/world/model/detections/**", "/world/model/motion"]
     pictures = [
-        views.Spatial2DView(origin=f"/world/ego/{camera}/image", name=camera, contents=contents)
+        views.Spatial2DView(
+            origin=f"/world/{camera}/image", name=camera, contents=["$origin", *boxes], background=BACKGROUND
+        )
         for row in LAYOUT
         for camera in row
     ]
-    world = views.Spatial3DView(origin="/world", name="world")
+    places = [str(picture.origin) for picture in pictures]
+    world = views.Spatial3DView(
+        origin="/world/ego",
+        name="world",
+        contents=["/world/ego", *boxes, *places],
+        # No frustums: Rerun draws them where they would stand in /world.
+        overrides={place: views.VisualizerOverrides("EncodedImage") for place in places},
+        background=BACKGROUND,
+        eye_controls=views.EyeControls3D(position=(-20.0, 0.0, 14.0), look_target=(8.0, 0.0, 0.0)),
+    )
     grid = views.Grid(*pictures, grid_columns=3)
-    return views.Blueprint(views.Vertical(grid, world, row_shares=[1, 1]), collapse_panels=True)
+    time = views.TimePanel(state="collapsed", timeline="stamp")
+    return views.Blueprint(views.Vertical(grid, world, row_shares=[11, 10]), time, collapse_panels=True)
 
 
 def _save(stream: Any, path: Path) -> None:

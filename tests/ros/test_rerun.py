@@ -13,6 +13,7 @@ from qdbev_msgs.msg import DetectedObjectArray
 
 from qdbev_ros.core.boxes import Boxes
 from qdbev_ros.core.drawing import COLORS
+from qdbev_ros.core.geometry import Pose
 from qdbev_ros.core.memory import MemoryInput
 from qdbev_ros.core.variant import CAMERAS, CLASSES
 from qdbev_ros.ros.bags import BagReader, BagWriter
@@ -37,6 +38,11 @@ def two_boxes(x: float) -> Boxes:
         np.array([np.pi / 2, 0.0]), np.array([[1.0, 5.0], [0.0, 0.0]]), np.array([0.75, 0.1]),
         np.array([CLASSES.index("bus"), CLASSES.index("traffic_cone")]),
     )  # fmt: skip
+
+
+def seen_from(stamp: int) -> Any:
+    """Origin of the model frame in the fixed frame."""
+    return (ego_pose(stamp) @ LIDAR2EGO).translation
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,7 @@ def column(recording: Any, entity: str, component: str) -> tuple[list[int], list
 def test_boxes_stand_where_they_were_seen_with_colour_and_heading(
     exported: tuple[dict[str, int], Any],
 ) -> None:
-    entity = "/world/ego/model/detections"
+    entity = "/world/model/detections"
     stamps, centers = column(exported[1], entity, "centers")
     assert stamps == STAMPS
     np.testing.assert_allclose(centers, [[[i, 20.0, 0.5]] for i in range(4)])
@@ -90,17 +96,23 @@ def test_boxes_stand_where_they_were_seen_with_colour_and_heading(
     blue, green, red = COLORS["bus"]
     assert column(exported[1], entity, "colors")[1] == [[red << 24 | green << 16 | blue << 8 | 255]] * 4
     assert column(exported[1], entity, "labels")[1] == [["bus 0.75"]] * 4
-    _, motion = column(exported[1], "/world/ego/model/motion", "vectors")
+    _, headings = column(exported[1], f"{entity}/heading", "strips")
+    np.testing.assert_allclose(headings, [[[[i, 20.0, 0.5], [i, 26.0, 0.5]]] for i in range(4)], atol=1e-5)
+    _, motion = column(exported[1], "/world/model/motion", "vectors")
     np.testing.assert_allclose(motion, [[[1.0, 5.0, 0.0]]] * 4)
 
 
-def test_the_vehicle_moves_and_the_model_frame_hangs_on_it(exported: tuple[dict[str, int], Any]) -> None:
+def test_the_vehicle_moves_and_boxes_stay_where_they_were_seen_from(
+    exported: tuple[dict[str, int], Any],
+) -> None:
+    """Pictures between two answers move the vehicle, not the boxes."""
     stamps, places = column(exported[1], "/world/ego", "translation")
     assert set(STAMPS) <= set(stamps)
     for stamp, place in zip(stamps, places):
         np.testing.assert_allclose(place, [ego_pose(stamp).translation], atol=1e-3)
-    _, mounted = column(exported[1], "/world/ego/model", "translation")
-    np.testing.assert_allclose(mounted, [[LIDAR2EGO.translation]] * 4)
+    stamps, frames = column(exported[1], "/world/model", "translation")
+    assert stamps == STAMPS
+    np.testing.assert_allclose(frames, [[seen_from(stamp)] for stamp in STAMPS], atol=1e-3)
 
 
 def test_every_picture_and_the_ground_truth_are_in_it(
@@ -111,7 +123,7 @@ def test_every_picture_and_the_ground_truth_are_in_it(
     with BagReader(short_bag) as bag:
         topic = "/CAM_BACK/image_rect_compressed"
         pictures = [bytes(message.data) for _, _, message in bag.messages([topic])]
-    _, blobs = column(recording, "/world/ego/CAM_BACK/image", "blob")
+    _, blobs = column(recording, "/world/CAM_BACK/image", "blob")
     assert [bytes(blob[0]) for blob in blobs] == pictures
     _, truth = column(recording, "/world/truth", "centers")
     assert [len(boxes) for boxes in truth] == [1] * 4
@@ -137,10 +149,12 @@ def test_a_bag_of_another_convention_with_its_calibration_file_is_shown_whole(
     stamps, places = column(shown, "/world/ego", "translation")
     for stamp, place in zip(stamps, places):
         np.testing.assert_allclose(place, [ego_pose(stamp).translation], atol=1e-2)
-    _, mounted = column(shown, "/world/ego/model", "translation")
-    np.testing.assert_allclose(mounted, [[LIDAR2EGO.translation]] * 4)
-    _, front = column(shown, "/world/ego/CAM_FRONT", "translation")
-    np.testing.assert_allclose(front, [[[1.2, 0.0, 1.5]]] * 4, atol=1e-6)
+    _, frames = column(shown, "/world/model", "translation")
+    np.testing.assert_allclose(frames, [[seen_from(stamp)] for stamp in STAMPS], atol=1e-2)
+    stamps, front = column(shown, "/world/CAM_FRONT", "translation")
+    mounted = Pose(np.array([1.0, 0, 0, 0]), np.array([1.2, 0.0, 1.5]))
+    places = [[(ego_pose(stamp) @ mounted).translation] for stamp in stamps]
+    np.testing.assert_allclose(front, places, atol=1e-2)
 
 
 def test_without_its_calibration_file_cameras_that_nothing_describes_are_left_out_and_counted(
