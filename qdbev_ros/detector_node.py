@@ -114,7 +114,7 @@ class DetectorNode(LifecycleNode):
             health = with_input_problems(health, cameras.values(), now)
         values = {} if self.detector is None else self.detector.values()
         statuses = [
-            pipeline_status(health, str(values.get("engine", "")), values),
+            pipeline_status(health, values),
             *(camera_status(state, now) for state in cameras.values()),
         ]
         self._diagnostics.publish(diagnostic_array(self.get_clock().now().to_msg(), statuses))

@@ -48,9 +48,12 @@ def camera_status(state: CameraState, now: float) -> DiagnosticStatus:
     return _status(CAMERA + state.name, level, text, state.name, values)
 
 
-def pipeline_status(health: Health, hardware: str, values: Mapping[str, object]) -> DiagnosticStatus:
-    """The whole; `values` are of pipeline_values where the node is configured."""
-    return _status(PIPELINE, health.level, health.text, hardware, {"state": health.state.value, **values})
+def pipeline_status(health: Health, values: Mapping[str, object]) -> DiagnosticStatus:
+    """The whole; `values` are of pipeline_values where the node is configured.
+
+    Without a hardware_id: viewers find a status by it, so it has to be the same on every machine.
+    """
+    return _status(PIPELINE, health.level, health.text, "", {"state": health.state.value, **values})
 
 
 def pipeline_values(

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bag and the node's answers to it as one Rerun recording (.rrd). Works without a running ROS.
 
-Entities: world (the fixed frame), world/ego (the vehicle), world/model/{detections,motion}, world/truth, world/CAM_X/image;
-below detections and truth, heading.
-Model frame and cameras stand in the fixed frame where the vehicle held them at the stamp of the answer and of the picture:
-between those the vehicle moves on, and boxes and pictures must not move with it.
+Entities: world (the fixed frame), world/ego (the vehicle), world/model/{detections,motion}, world/truth and
+world/CAM_X/image; below detections and truth, heading. Model frame and cameras stand in the fixed frame, where the
+vehicle had them at the stamp of the answer and of the picture: it moves on between those, boxes and pictures must not.
 """
 
 from __future__ import annotations
@@ -186,9 +185,7 @@ class _Writer:
             ),
         )  # fmt: skip
         headings = np.stack([boxes.centers, boxes.noses()], axis=1)
-        self._stream.log(
-            f"{entity}/heading", self._rerun.LineStrips3D(headings, colors=colors, radii=radii)
-        )
+        self._stream.log(f"{entity}/heading", self._rerun.LineStrips3D(headings, colors=colors, radii=radii))
 
     def _ego(self, stamp: int) -> Pose:
         """Logs the vehicle's place and returns it; it stays where it was when nothing says where it is."""
@@ -221,7 +218,7 @@ def _encoded(message: Any, image_type: str) -> tuple[bytes, str]:
     return cv2.imencode(".jpg", np.ascontiguousarray(pixels))[1].tobytes(), "image/jpeg"
 
 
-def _blueprint() -> Any:
+def layout() -> Any:
     """Cameras as on a wall, boxes projected into them, above the vehicle and its surroundings."""
     views: Any = importlib.import_module("rerun.blueprint")
     boxes = ["/world/truth/**", "/world/model/detections/**", "/world/model/motion"]
@@ -250,7 +247,7 @@ def _blueprint() -> Any:
 def _save(stream: Any, path: Path) -> None:
     """Has the stream write to `path`. Raises ConfigError where nothing can be written there."""
     try:
-        stream.save(path, default_blueprint=_blueprint())
+        stream.save(path, default_blueprint=layout())
     except RuntimeError as error:  # Rerun's own
         raise ConfigError(f"{path.parent}: cannot be written to: {' '.join(str(error).split())}") from error
 

@@ -21,11 +21,13 @@ from qdbev_ros.ros.encode import encode_detections, encode_objects
 from qdbev_ros.ros.messages import Answer
 from qdbev_ros.ros.presets import load_preset
 from qdbev_ros.ros.recording import read_sets, read_transforms, read_views
+from qdbev_ros.ros.rerun_export import layout
 from qdbev_train.cli import main
 from tests.conventions import convert
 from tests.ros.drive import LIDAR2EGO, PERIOD_NS, START_NS, edit_bag, ego_pose
 
 dataframe = pytest.importorskip("rerun.dataframe", reason="Rerun is not installed")
+blueprint = pytest.importorskip("rerun.blueprint", reason="Rerun is not installed")
 
 STAMPS = [START_NS + i * PERIOD_NS for i in range(4)]
 NODE = "/qdbev_detector"
@@ -224,3 +226,16 @@ def test_what_cannot_be_shown_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert "file/x.rrd: cannot be written: " in error
     assert error.count("\n") == 1
+
+
+def test_every_view_shows_entities_that_there_are(exported: tuple[dict[str, int], Any]) -> None:
+    entities = {column.entity_path for column in exported[1].schema().component_columns()}
+
+    def check(part: Any) -> int:
+        if isinstance(part, blueprint.View):
+            shown = [path.removesuffix("/**").replace("$origin", part.origin) for path in part.contents]
+            assert {part.origin, *shown, *part.overrides} <= entities
+            return 1
+        return sum(check(inner) for inner in part.contents)
+
+    assert check(layout().root_container) == 7
