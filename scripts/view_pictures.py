@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the pictures of the views in docs/pictures: one moment of the demo bag, as each viewer shows it.
 
-overlay: ~/overlay/compressed as the node publishes it. rerun: what `qdbev rerun` writes, in Rerun's viewer (Debian:
-xvfb, xauth, mesa-vulkan-drivers). foxglove: config/foxglove_layout.json in a Lichtblick that is served at --app
-(Debian: chromium, chromium-driver).
+overlay: ~/overlay/compressed as the node publishes it. rviz: what `rviz:=true` shows (ROS 2's rviz2; Debian: xvfb,
+imagemagick). rerun: what `qdbev rerun` writes, in Rerun's viewer (Debian: xvfb, xauth, mesa-vulkan-drivers). foxglove:
+config/foxglove_layout.json in a Lichtblick that is served at --app (Debian: chromium, chromium-driver).
 
-Example: python scripts/view_pictures.py overlay rerun
+Example: python scripts/view_pictures.py overlay rviz rerun
 Example: python scripts/view_pictures.py foxglove --app http://localhost:8080
 """
 
@@ -31,6 +31,7 @@ from typing import Any
 import cv2
 import numpy as np
 import rclpy
+from qdbev_msgs.msg import DetectedObjectArray
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CompressedImage
 
@@ -45,10 +46,12 @@ from qdbev_ros.ros.presets import config_folder, load_preset
 from qdbev_ros.ros.recording import read_sets
 from qdbev_ros.ros.rerun_export import export
 
-VIEWS = ("overlay", "rerun", "foxglove")
+VIEWS = ("overlay", "rviz", "rerun", "foxglove")
 WIDTH = 1600
+RVIZ_SIZE = "1800x1000"  # as config/qdbev.rviz has it
 PATIENCE_S = 900.0
 VIEWER_S = 180.0
+DRAWN_S = 0.3  # RViz draws what it got, before the next set comes
 SETTLE_S = 8.0  # a page draws what it was given, without a GPU
 SET_NS = 300_000_000  # longer than the pictures of a set are apart, shorter than sets are
 # Patient, and one set at a time: the picture is the same however slow the machine is.
@@ -84,34 +87,71 @@ def start(module: str, **parameters: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", f"qdbev_ros.{module}", "--ros-args", *words])
 
 
-def overlay(scene: Scene) -> bytes:
-    """The first overlay of the stamp or later while the node runs over the bag."""
-    os.environ["ROS_DOMAIN_ID"] = str(free_domain())
+def wait_for(kind: Any, topic: str, stamp: int, running: list[subprocess.Popen[bytes]]) -> Any:
+    """The first message of the stamp or later while all of `running` run. Raises ConfigError where none comes."""
     rclpy.init()
     node = rclpy.create_node("view_pictures")
-    found: list[bytes] = []
+    found: list[Any] = []
 
     def take(message: Any) -> None:
-        if stamp_to_ns(message.header.stamp) >= scene.stamp:
-            found.append(message.data.tobytes())
+        if stamp_to_ns(message.header.stamp) >= stamp:
+            found.append(message)
 
-    node.create_subscription(CompressedImage, f"/{DETECTOR}/overlay/compressed", take, QoSProfile(depth=5))
-    running = [
-        start("detector_node", model=scene.model, **NODE), start("bag_player_node", bag=scene.bag, **PLAYER)
-    ]  # fmt: skip
+    node.create_subscription(kind, topic, take, QoSProfile(depth=5))
     deadline = time.monotonic() + PATIENCE_S
     try:
         while not found and time.monotonic() < deadline and all(p.poll() is None for p in running):
             rclpy.spin_once(node, timeout_sec=0.1)
     finally:
-        for process in running:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-            process.wait()
         rclpy.shutdown()
     if not found:
-        raise ConfigError("no overlay came, see above")
+        raise ConfigError(f"nothing of the moment came on {topic}, see above")
     return found[0]
+
+
+def end(running: list[subprocess.Popen[bytes]]) -> None:
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+def overlay(scene: Scene) -> bytes:
+    """The first overlay of the stamp or later while the node runs over the bag."""
+    os.environ["ROS_DOMAIN_ID"] = str(free_domain())
+    running = [
+        start("detector_node", model=scene.model, **NODE), start("bag_player_node", bag=scene.bag, **PLAYER)
+    ]  # fmt: skip
+    try:
+        message = wait_for(CompressedImage, f"/{DETECTOR}/overlay/compressed", scene.stamp, running)
+    finally:
+        end(running)
+    return message.data.tobytes()
+
+
+def rviz(scene: Scene) -> bytes:
+    """RViz, as everything together starts it, on a virtual screen of its size, shortly after the answer."""
+    program("rviz2", "it comes with ROS 2")
+    grab, screen = program("import", "Debian: imagemagick"), program("Xvfb", "Debian: xvfb")
+    os.environ["ROS_DOMAIN_ID"] = str(free_domain())
+    display = subprocess.Popen(
+        [screen, "-displayfd", "1", "-screen", "0", f"{RVIZ_SIZE}x24"], stdout=subprocess.PIPE
+    )
+    running = [display]
+    try:
+        assert display.stdout
+        environment = {**os.environ, "DISPLAY": f":{display.stdout.readline().decode().strip()}"}
+        words = [f"model:={scene.model}", f"bag:={scene.bag}", "rviz:=true"]
+        running.insert(
+            0, subprocess.Popen([sys.executable, "-m", "qdbev_ros.bringup", *words], env=environment)
+        )
+        wait_for(DetectedObjectArray, f"/{DETECTOR}/objects", scene.stamp, running)
+        time.sleep(DRAWN_S)
+        return subprocess.run(
+            [grab, "-window", "root", "png:-"], env=environment, stdout=subprocess.PIPE, check=True
+        ).stdout
+    finally:
+        end(running)
 
 
 def record(scene: Scene, folder: Path) -> Path:
@@ -128,7 +168,7 @@ def rerun(scene: Scene, folder: Path) -> bytes:
     drivers = sorted(Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"))
     if not drivers:
         raise ConfigError("no Vulkan driver for the processor (Debian: mesa-vulkan-drivers)")
-    screen = program("xvfb-run", "xvfb, xauth")
+    screen = program("xvfb-run", "Debian: xvfb, xauth")
     shown, picture = folder / "demo.rrd", folder / "rerun.png"
     with Moment(scene.bag, scene.stamp) as bag, Moment(record(scene, folder), scene.stamp) as answers:
         export(bag, answers, load_preset("nuscenes"), RigCalibration(), DETECTOR, 0.3, shown)
@@ -147,7 +187,7 @@ def rerun(scene: Scene, folder: Path) -> bytes:
 
 def foxglove(scene: Scene, folder: Path, app: str) -> bytes:
     """A served Lichtblick in a browser without a window, driven by WebDriver."""
-    driver = program("chromedriver", "chromium, chromium-driver")
+    driver = program("chromedriver", "Debian: chromium, chromium-driver")
     recording = record(scene, folder)
     with BagReader(recording) as bag:
         answers = bag.messages([f"/{DETECTOR}/detections"])
@@ -187,11 +227,11 @@ def foxglove(scene: Scene, folder: Path, app: str) -> bytes:
         running.wait()
 
 
-def program(name: str, packages: str) -> str:
-    """Where a program is. Raises ConfigError with the Debian packages that bring it."""
+def program(name: str, source: str) -> str:
+    """Where a program is. Raises ConfigError with what brings it."""
     path = shutil.which(name)
     if path is None:
-        raise ConfigError(f"there is no {name} (Debian: {packages})")
+        raise ConfigError(f"there is no {name} ({source})")
     return path
 
 
@@ -224,6 +264,8 @@ def main(words: list[str]) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 if view == "overlay":
                     picture = overlay(scene)
+                elif view == "rviz":
+                    picture = as_jpeg(rviz(scene))
                 elif view == "rerun":
                     picture = as_jpeg(rerun(scene, Path(folder)))
                 else:

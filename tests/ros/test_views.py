@@ -33,6 +33,7 @@ def test_foxglove_finds_the_pipeline_and_the_markers_by_the_names_they_have() ->
     [
         (["foxglove"], "--app"),
         (["foxglove", "--app", "http://localhost:1"], "there is no chromedriver (Debian: "),
+        (["rviz"], "there is no rviz2"),
         (["rerun"], "(Debian: "),
         (["overlay", "--bag", "none.mcap"], "none.mcap"),
     ],

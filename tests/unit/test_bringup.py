@@ -180,6 +180,16 @@ def test_the_overlay_is_off_in_rviz_until_somebody_ticks_it() -> None:
     assert [d["Name"] for d in displays if not d["Enabled"]] == ["Overlay"]
 
 
+def test_rviz_has_a_place_in_its_window_for_every_picture_and_panel() -> None:
+    view = yaml.safe_load((config_folder() / "qdbev.rviz").read_text())
+    placed = bytes.fromhex(view["Window Geometry"]["QMainWindow State"])
+    displays = view["Visualization Manager"]["Displays"]
+    images = [d["Name"] for d in displays if d["Class"] == "rviz_default_plugins/Image"]
+    names = [*images, *(panel["Name"] for panel in view["Panels"])]
+    assert len(names) == len(CAMERAS) + 3
+    assert [name for name in names if name.encode("utf-16-be") not in placed] == []
+
+
 def foxglove_panels(part: Any, configurations: dict[str, Any]) -> Iterator[str]:
     """Names of all panels below a part of the layout, those in tabs among them."""
     if isinstance(part, dict):
