@@ -19,7 +19,7 @@ from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
 from std_srvs.srv import Trigger
 
-from qdbev_ros.core.errors import ConfigError, EngineError, QdbevError
+from qdbev_ros.core.errors import ConfigError, EngineError, QdbevError, one_line
 from qdbev_ros.core.health import HealthMonitor, HealthPolicy, State
 from qdbev_ros.ros.detector import Detector
 from qdbev_ros.ros.diagnostics import camera_status, diagnostic_array, pipeline_status, with_input_problems
@@ -39,7 +39,7 @@ class DetectorNode(LifecycleNode):
         super().__init__(NODE_NAME)
         self.parameters = declare(self, DetectorParameters)
         self.detector: Detector | None = None
-        self.problem: QdbevError | None = None  # why configuring failed
+        self.problem: QdbevError | None = None  # why configuring or activating failed
         self._active = False
         self._last_model = ""  # hash of the package that was configured before
         self._memory_resets: dict[str, int] = {}
@@ -61,23 +61,32 @@ class DetectorNode(LifecycleNode):
             self.problem = EngineError(f"{self.parameters.model}: {type(error).__name__}: {error}")
         else:
             self.problem = None
-        self._monitor.declare_fault(None if self.problem is None else str(self.problem))
-        if self.problem is None:
-            return TransitionCallbackReturn.SUCCESS
-        self.get_logger().error(f"not configured: {self.problem}")
-        return TransitionCallbackReturn.FAILURE
+        return self._outcome("configured")
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Listens to the cameras; a failure is told in diagnostics and leaves the node configured."""
         if self.detector is None:
             return TransitionCallbackReturn.FAILURE
         self._monitor.restart()
-        self.detector.activate()
-        self._active = True
-        engine = self.detector.engine
-        self.get_logger().info(
-            f"ready: {engine.name} on {engine.description}, preset {self.detector.preset.name}"
-        )
-        return super().on_activate(state)
+        preset, engine = self.detector.preset.name, self.detector.engine
+        try:
+            self.detector.activate()
+        except Exception as error:  # rclpy's own, for a topic; it would drop it without a word
+            self.get_logger().error(traceback.format_exc())
+            self.detector.deactivate()
+            self.problem = ConfigError(f"preset {preset}: cannot listen to its topics: {one_line(error)}")
+            return self._outcome("activated")
+        self.problem, self._active = None, True
+        self.get_logger().info(f"ready: {engine.name} on {engine.description}, preset {preset}")
+        return self._outcome("activated")
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """A transition raised, of which rclpy tells no more than that: everything is closed and can be tried again."""
+        self._active = False
+        self.problem = EngineError(f"a lifecycle transition from {state.label} failed")
+        self._outcome("in order")
+        self.close()
+        return TransitionCallbackReturn.SUCCESS
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._active = False
@@ -97,10 +106,10 @@ class DetectorNode(LifecycleNode):
 
     def close(self) -> None:
         """Ends what is configured."""
-        if self.detector is not None:
-            self._memory_resets = self.detector.memory_resets
-            self.detector.close()
-        self.detector = None
+        detector, self.detector = self.detector, None
+        if detector is not None:
+            self._memory_resets = detector.memory_resets
+            detector.close()
 
     def diagnose(self) -> None:
         """Publishes the status of the whole and of each camera."""
@@ -129,6 +138,14 @@ class DetectorNode(LifecycleNode):
         model = self.detector.engine.sha256
         self.detector.take_over(self._memory_resets, self._last_model not in ("", model))
         self._last_model = model
+
+    def _outcome(self, wanted: str) -> TransitionCallbackReturn:
+        """What a transition ends with: tells the problem, or takes the fault of an earlier one back."""
+        self._monitor.declare_fault(None if self.problem is None else str(self.problem))
+        if self.problem is None:
+            return TransitionCallbackReturn.SUCCESS
+        self.get_logger().error(f"not {wanted}: {self.problem}")
+        return TransitionCallbackReturn.FAILURE
 
     def _look(self) -> None:
         """Every 0.1 s: diagnostics when they are due, or the state is another."""
@@ -173,10 +190,9 @@ class DetectorProcess:
         NodeLog(self.node)
         if not self.node.parameters.autostart:
             return
-        self.node.trigger_configure()
-        if self.node.problem is not None:
-            raise self.node.problem
-        self.node.trigger_activate()
+        for start in (self.node.trigger_configure, self.node.trigger_activate):
+            if start() != TransitionCallbackReturn.SUCCESS:
+                raise self.node.problem or EngineError("the node cannot be started")
 
     def finished(self) -> bool:
         return False

@@ -86,11 +86,13 @@ class Detector:
         self._inputs = Inputs(
             self._node, self._parameters, self.preset, self._calibration, self._worker.submit, self._refuse
         )
+        self._inputs.listen()
 
     def deactivate(self) -> None:
-        """Hears nothing more; the set that is worked on is still answered."""
-        if self._inputs is not None and self._worker is not None:
+        """Hears nothing more; the set that is worked on is still answered. Also after an activation that failed."""
+        if self._inputs is not None:
             self._inputs.close()
+        if self._worker is not None:
             self._worker.close()
         self._inputs = self._worker = None
 

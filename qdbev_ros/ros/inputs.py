@@ -12,6 +12,7 @@ from typing import Any
 from nav_msgs.msg import Odometry
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.timer import Timer
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from tf2_msgs.msg import TFMessage
 
@@ -73,8 +74,7 @@ class Inputs:
         self._pending: deque[tuple[FrameSet[Any], float]] = deque()
         self._warn = Throttled(node.get_logger().warning)
         self._subscriptions: list[Any] = []
-        self._subscribe(preset)
-        self._timer = every(node, TICK_S, self._tick)
+        self._timer: Timer | None = None
 
     @property
     def pending(self) -> int:
@@ -88,14 +88,16 @@ class Inputs:
         self._assembler.timeout_s = parameters.tf_timeout
 
     def close(self) -> None:
-        """Ends all subscriptions."""
+        """Ends all subscriptions, also those of a `listen` that failed half-way."""
         for subscription in self._subscriptions:
             self._node.destroy_subscription(subscription)
-        self._node.destroy_timer(self._timer)
+        if self._timer is not None:
+            self._node.destroy_timer(self._timer)
         self._mountings.close()
 
-    def _subscribe(self, preset: TopicPreset) -> None:
-        kind = CompressedImage if preset.image_type == "compressed" else Image
+    def listen(self) -> None:
+        """Subscribes to everything. Raises what rclpy does for topics that cannot be listened to."""
+        kind = CompressedImage if self._preset.image_type == "compressed" else Image
         reliable = self._parameters.image_reliability == "reliable"
         reliability = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT
         images = QoSProfile(depth=10, reliability=reliability)
@@ -110,7 +112,8 @@ class Inputs:
         self._listen(TFMessage, "/tf", self._on_tf, QoSProfile(depth=200))
         if self._parameters.ego_motion == "odometry":
             quality = QoSProfile(depth=200, reliability=ReliabilityPolicy.BEST_EFFORT)
-            self._listen(Odometry, preset.odometry, self._on_odometry, quality)
+            self._listen(Odometry, self._preset.odometry, self._on_odometry, quality)
+        self._timer = every(self._node, TICK_S, self._tick)
 
     def _listen(self, kind: Any, topic: str, callback: Callable[[Any], None], quality: QoSProfile) -> None:
         self._subscriptions.append(self._node.create_subscription(kind, topic, callback, quality))

@@ -15,7 +15,7 @@ from qdbev_ros.core.variant import CAMERAS, variant_folder
 
 IMAGE_TYPES = ("compressed", "raw")
 EGO_MOTIONS = ("tf", "odometry")
-TOPIC = re.compile(r"/[A-Za-z_]\w*(/[A-Za-z_]\w*)*")
+TOPIC = re.compile(r"/[A-Za-z_]\w*(/[A-Za-z_]\w*)*", re.ASCII)
 KEYS = (
     "image_type", "image", "camera_info", "image_frame", "cameras", "ego_motion", "odometry", "annotations",
     "fixed_frame", "base_frame", "model_frame",

@@ -114,6 +114,10 @@ def test_a_remapping_file_may_name_cameras_and_single_topics(tmp_path: Path) -> 
         ({"image_type": "jpeg"}, "key 'image_type' is 'jpeg'; use compressed or raw"),
         ({"image": "/front"}, r"key 'image' must hold \{camera\}"),
         ({"image": "front {camera}"}, "key 'image' holds 'front CAM_FRONT', which is no absolute topic"),
+        (
+            {"image": "/kamera_ä/{camera}"},
+            "key 'image' holds '/kamera_ä/CAM_FRONT', which is no absolute topic",
+        ),
         ({"image": {"CAM_FRONT": "/a"}}, r"key 'image\.CAM_FRONT_RIGHT' is missing"),
         ({"image": {"FRONT": "/a"}}, r"key 'image\.FRONT' is no camera"),
         ({"image": dict.fromkeys(CAMERAS, "/a")}, "key 'image' gives two cameras the same topic"),
