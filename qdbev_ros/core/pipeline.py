@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdbev_ros.core.boxes import Boxes, decode_boxes
-from qdbev_ros.core.errors import DataError
+from qdbev_ros.core.errors import DataError, EngineError
 from qdbev_ros.core.geometry import Array, CameraCalibration, Pose
 from qdbev_ros.core.memory import MemoryInput, MemoryPolicy, TemporalMemory
 from qdbev_ros.core.preprocess import (
@@ -124,7 +124,9 @@ class Pipeline:
         self._images: NDArray[Any] = np.full(shape, self._grey, kind)
 
     def run(self, frame: Frame) -> FrameResult:
-        """Boxes of one frame. Raises PictureError before the memory moves on, so a bad picture costs one frame."""
+        """Boxes of one frame. Raises PictureError before the memory moves on, so a bad picture costs one frame, and
+        EngineError for an answer that is not finite, of which nothing is remembered.
+        """
         clock = [time.perf_counter()]
         pictures = self._decode(frame)
         clock.append(time.perf_counter())
@@ -132,6 +134,7 @@ class Pipeline:
         memory = self.memory.step(frame.stamp_ns, frame.ego2global, frame.scene, frame.can_dynamics)
         clock.append(time.perf_counter())
         output = self.engine.infer(self._images, lidar2img, memory.can_bus, memory.prev_bev)
+        _require_finite(output)
         self.memory.store(output.bev)
         clock.append(time.perf_counter())
         boxes = decode_boxes(output.class_logits, output.boxes)
@@ -189,3 +192,16 @@ class Pipeline:
             normalise_picture(picture, self.variant.image, self._images[index])
         else:
             encode_picture(picture, self.variant.image, self._table, self._images[index])
+
+
+def _require_finite(output: InferenceOutput) -> None:
+    """Raises EngineError that names what holds NaN or infinite numbers.
+
+    The sum of such numbers is none either, and takes no mask of the map's size; finite ones that add up to more than
+    a float32 are no answer.
+    """
+    parts = {"class_logits": output.class_logits, "boxes": output.boxes, "bev": output.bev}
+    with np.errstate(invalid="ignore", over="ignore"):
+        wrong = [name for name, part in parts.items() if not np.isfinite(part.sum())]
+    if wrong:
+        raise EngineError(f"the engine's answer is not finite: {', '.join(wrong)}")

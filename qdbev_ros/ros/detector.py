@@ -10,15 +10,13 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from rclpy.node import Node
 
-from qdbev_ros.core.boxes import Boxes
-from qdbev_ros.core.errors import DataError, EngineError
+from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.health import HealthMonitor
 from qdbev_ros.core.latency import StageLatencies
 from qdbev_ros.core.memory import CalibrationWatch, MemoryPolicy
-from qdbev_ros.core.pipeline import CameraFrame, Frame, FrameResult, PictureError, Pipeline
+from qdbev_ros.core.pipeline import CameraFrame, Frame, PictureError, Pipeline
 from qdbev_ros.core.preprocess import RawPicture
 from qdbev_ros.core.synchroniser import SyncCounters
 from qdbev_ros.engine import load_package
@@ -182,7 +180,7 @@ class Detector:
                     for name, camera in cameras.items()
                 }
                 with self._lock:
-                    result = self._run(Frame(job.stamp_ns, frames, job.ego2global, job.lidar2ego))
+                    result = self._pipeline.run(Frame(job.stamp_ns, frames, job.ego2global, job.lidar2ego))
             except PictureError as error:  # the others are decoded again, which costs less than a set
                 del cameras[error.camera]
                 missing[error.camera] = str(error)
@@ -221,13 +219,6 @@ class Detector:
         except DataError as error:
             raise PictureError(camera, str(error)) from error
 
-    def _run(self, frame: Frame) -> FrameResult:
-        """Raises EngineError where the engine answers with what is no number."""
-        result = self._pipeline.run(frame)
-        if not _finite(result.boxes):
-            raise EngineError("the engine's boxes are not finite")
-        return result
-
     def _picture_failed(self, error: PictureError) -> None:
         state = self.cameras.get(error.camera)
         if state is not None:
@@ -249,10 +240,3 @@ class Detector:
 
 def _memory_policy(parameters: DetectorParameters) -> MemoryPolicy:
     return MemoryPolicy(parameters.max_gap, parameters.max_speed)
-
-
-def _finite(boxes: Boxes) -> bool:
-    return all(
-        bool(np.isfinite(part).all())
-        for part in (boxes.centers, boxes.sizes, boxes.yaws, boxes.scores, boxes.velocities)
-    )
