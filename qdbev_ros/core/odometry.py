@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import Pose
 from qdbev_ros.core.pose_buffer import JUMP_BACK_NS, PoseTrack, TransformTree, TransformUnavailable
 
@@ -47,3 +48,6 @@ class OdometryMotion:
         except TransformUnavailable as error:
             text = f"{self._topic} is of frame {self._frame!r}, from which nothing leads to {self._base!r}: {error}"
             raise TransformUnavailable(text, error.wait) from error
+        except DataError as error:
+            text = f"odometry on {self._topic} and {self._frame!r} in {self._base!r} add up to no pose"
+            raise TransformUnavailable(text, wait=False) from error

@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-from qdbev_ros.core.errors import QdbevError
+from qdbev_ros.core.errors import DataError, QdbevError
 from qdbev_ros.core.geometry import Pose, interpolate
 
 JUMP_BACK_NS = 500_000_000  # a larger step back in a frame's stamps is a recording that started again
@@ -130,9 +130,13 @@ class TransformTree:
         common = next((frame for frame in source_chain if frame in target_chain), None)
         if common is None:
             raise TransformUnavailable(f"frames {target!r} and {source!r} are not connected", wait=True)
-        up = self._to_ancestor(source_chain[: source_chain.index(common)], stamp_ns, rigid)
-        down = self._to_ancestor(target_chain[: target_chain.index(common)], stamp_ns, rigid)
-        return down.inverse() @ up
+        try:
+            up = self._to_ancestor(source_chain[: source_chain.index(common)], stamp_ns, rigid)
+            down = self._to_ancestor(target_chain[: target_chain.index(common)], stamp_ns, rigid)
+            return down.inverse() @ up
+        except DataError as error:
+            text = f"the transforms between {target!r} and {source!r} add up to no pose"
+            raise TransformUnavailable(text, wait=False) from error
 
     def _chain(self, frame: str) -> list[str]:
         """The frame and its ancestors, nearest first."""

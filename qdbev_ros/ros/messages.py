@@ -11,8 +11,11 @@ import numpy as np
 from builtin_interfaces.msg import Time
 
 from qdbev_ros.core.boxes import Boxes
+from qdbev_ros.core.errors import DataError
 from qdbev_ros.core.geometry import Pose
 from qdbev_ros.core.memory import MemoryInput
+
+FARTHEST_M = 1e9  # of a translation: beyond any map, and sums of such are numbers still
 
 
 def stamp_to_ns(stamp: Any) -> int:
@@ -25,14 +28,19 @@ def ns_to_stamp(ns: int) -> Time:
 
 def pose_from_transform(transform: Any) -> Pose:
     """A geometry_msgs/Transform as the pose of the child in the parent. Raises DataError where it is none."""
-    r, t = transform.rotation, transform.translation
-    return Pose(np.array([r.w, r.x, r.y, r.z]), np.array([t.x, t.y, t.z]))
+    return _pose(transform.rotation, transform.translation)
 
 
 def pose_from_message(pose: Any) -> Pose:
     """A geometry_msgs/Pose. Raises DataError where it is none."""
-    r, t = pose.orientation, pose.position
-    return Pose(np.array([r.w, r.x, r.y, r.z]), np.array([t.x, t.y, t.z]))
+    return _pose(pose.orientation, pose.position)
+
+
+def _pose(r: Any, t: Any) -> Pose:
+    pose = Pose(np.array([r.w, r.x, r.y, r.z]), np.array([t.x, t.y, t.z]))
+    if np.abs(pose.translation).max() > FARTHEST_M:
+        raise DataError(f"the translation {pose.translation.tolist()} is farther than {FARTHEST_M:g} m")
+    return pose
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
+from geometry_msgs.msg import Pose as PoseMessage
+from geometry_msgs.msg import Transform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -17,11 +19,11 @@ from vision_msgs.msg import Detection3DArray
 from visualization_msgs.msg import Marker, MarkerArray
 
 from qdbev_ros.core.boxes import Boxes
-from qdbev_ros.core.errors import ConfigError
+from qdbev_ros.core.errors import ConfigError, DataError
 from qdbev_ros.core.memory import MemoryInput
 from qdbev_ros.core.variant import CAMERAS, CLASSES
 from qdbev_ros.ros.encode import check_definition, encode_detections, encode_markers, encode_objects
-from qdbev_ros.ros.messages import Answer, ns_to_stamp, pose_from_message, stamp_to_ns
+from qdbev_ros.ros.messages import Answer, ns_to_stamp, pose_from_message, pose_from_transform, stamp_to_ns
 from tests.ros import plain_messages
 
 qdbev_msgs = pytest.importorskip("qdbev_msgs.msg")
@@ -170,3 +172,14 @@ def test_markers_that_are_no_longer_used_are_deleted() -> None:
 def test_velocity_arrows_span_one_second_of_motion() -> None:
     start, end = next(m for m in markers(trucks(1), previous=0) if m.ns == "velocity").points
     assert (end.x - start.x, end.y - start.y) == (0.0, 5.0)
+
+
+@pytest.mark.parametrize("metres", [1.1e9, -1.7e308])
+def test_a_translation_that_no_vehicle_has_is_refused(metres: float) -> None:
+    transform, pose = Transform(), PoseMessage()
+    transform.translation.y = pose.position.y = metres
+    for read in (lambda: pose_from_transform(transform), lambda: pose_from_message(pose)):
+        with pytest.raises(DataError, match="farther than"):
+            read()
+    transform.translation.y = pose.position.y = 6.4e6  # of an earth-centred frame
+    assert pose_from_transform(transform).translation[1] == pose_from_message(pose).translation[1] == 6.4e6

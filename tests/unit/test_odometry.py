@@ -86,3 +86,21 @@ def test_pictures_that_go_back_in_time_forget_the_pass_before() -> None:
     made.forget_after(400 * MS)
     with pytest.raises(TransformUnavailable, match="no odometry"):
         made.lookup(500 * MS)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_odometry_and_a_mounting_that_add_up_to_no_number_give_no_pose() -> None:
+    tree = TransformTree()
+    tree.set_static("base_link", "imu", Pose(yaw_quaternion(0.8), np.array([1.7e308, 1.7e308, 0.0])))
+    with pytest.raises(TransformUnavailable, match=r"/odom .* 'imu' .* no pose"):
+        motion("imu", tree=tree).lookup(475 * MS)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_odometry_far_away_and_a_good_mounting_add_up_to_no_number() -> None:
+    tree = TransformTree()
+    tree.set_static("base_link", "imu", Pose(yaw_quaternion(0.8), np.array([-9e307, -9e307, 0.0])))
+    far = OdometryMotion("/odom", "base_link", tree)
+    far.insert("imu", 0, Pose(yaw_quaternion(0.8), np.array([1.7e308, 1.7e308, 0.0])))
+    with pytest.raises(TransformUnavailable, match=r"/odom.* no pose"):
+        far.lookup(0)

@@ -143,3 +143,17 @@ def test_a_bolted_sensor_sent_on_tf_is_where_it_was_sent_last() -> None:
     for stamp, pose in ((900_000_000, here), (1_100_000_000, here), (1_500_000_000, there)):
         found = tree.lookup("base_link", "CAM_FRONT", stamp, rigid=True)
         assert found.translation.tolist() == pose.translation.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("rigid", [True, False])
+def test_transforms_that_add_up_to_no_number_are_unavailable_with_the_frames_names(
+    tree: TransformTree, rigid: bool
+) -> None:
+    """Each of them is finite."""
+    tree.set_static("base_link", "CAM", at(1.7e308, 1.7e308, yaw=0.8))
+    tree.set_static("CAM", "LENS", at(1.7e308, 1.7e308, yaw=0.8))
+    for target, source in (("base_link", "LENS"), ("LENS", "base_link"), ("map", "LENS")):
+        with pytest.raises(TransformUnavailable, match=f"'{target}' and '{source}'.* no pose") as caught:
+            tree.lookup(target, source, SECOND // 2, rigid)
+        assert not caught.value.wait
