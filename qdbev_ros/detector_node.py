@@ -159,7 +159,8 @@ class DetectorNode(LifecycleNode):
             response.success, response.message = False, "the node is not configured: there is no memory"
         else:
             self.detector.reset_memory()
-            response.success, response.message = True, "the memory is empty"
+            response.success = True
+            response.message = "the next set is answered as without a past; one that is being computed is not"
         return response
 
     def _on_parameters(self, parameters: list[Parameter]) -> SetParametersResult:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
+import math
 import time
 import traceback
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from qdbev_ros.ros.presets import load_preset
 from qdbev_ros.ros.throttle import Throttled
 from qdbev_ros.ros.worker import Worker
 
+MOST_WISHES = 100  # to forget the past; more than come between two sets
+
 
 class TooFewCameras(DataError):
     """What is left of a set is not to be answered."""
@@ -51,13 +54,15 @@ class Detector:
             Path(parameters.model), parameters.engine, parameters.engine_threads or None
         )
         self._pipeline = Pipeline(self.engine, _memory_policy(parameters), parameters.decode_threads)
-        self._lock = threading.Lock()  # the pipeline and its memory
+        # Pipeline and memory are the worker's alone: the executor waits for no inference, it leaves its wish here.
+        self._to_forget: deque[str] = deque(maxlen=MOST_WISHES)
         self._watch = CalibrationWatch()
         self._ego_known = True
         self._report = PipelineReport()
         self._latencies = StageLatencies()
-        self._error = Throttled(node.get_logger().error)
-        self._warn = Throttled(node.get_logger().warning)
+        self._error = Throttled(node.get_logger(), error=True)
+        self._warn = Throttled(node.get_logger())
+        self._bug = Throttled(node.get_logger(), error=True, interval_s=math.inf)
         self._outputs = Outputs(node, self._parameters, self.engine.name)
         self._overlay = Overlay(node, self._parameters, self.engine.name)
         self._inputs: Inputs | None = None
@@ -80,10 +85,11 @@ class Detector:
 
     def activate(self) -> None:
         """Listens to the cameras."""
-        self._worker = Worker(self._process, self._parameters.queue_size)
+        self._worker = Worker(self._process, self._parameters.queue_size, self._worker_failed)
         self._inputs = Inputs(
-            self._node, self._parameters, self.preset, self._calibration, self._worker.submit, self._refuse
-        )
+            self._node, self._parameters, self.preset, self._calibration, self._worker.submit, self._refuse,
+            self._input_failed,
+        )  # fmt: skip
         self._inputs.listen()
 
     def deactivate(self) -> None:
@@ -119,17 +125,19 @@ class Detector:
         self._pipeline.memory.policy = _memory_policy(parameters)
         if self._inputs is not None and self._worker is not None:
             self._inputs.configure(self._parameters)
-            self._worker.queue_size = parameters.queue_size
+            self._worker.resize(parameters.queue_size)
 
     def reset_memory(self) -> None:
-        with self._lock:
-            self._pipeline.memory.reset("service")
+        """The next set is answered as without a past; one that is worked on is not waited for and leaves no map."""
+        self._to_forget.append("service")
 
     def values(self) -> dict[str, object]:
         """All counters, for diagnostics."""
         report = dataclasses.replace(self._report, dropped=self._report.dropped.copy())
         if self._worker is not None and self._worker.dropped:
             report.dropped["queue"] = self._worker.dropped
+        if self._inputs is not None:
+            report.refused = self._inputs.refused
         sync = self._inputs.sync.counters if self._inputs is not None else SyncCounters()
         latencies = self._latencies.percentiles(*PERCENTILES)
         package = {"engine": self.engine.description, "package": self.engine.name}
@@ -140,6 +148,23 @@ class Detector:
     def _refuse(self, kind: str, text: str) -> None:
         self._report.dropped[kind] += 1
         self._monitor.refused(text)
+
+    def _worker_failed(self, error: Exception) -> None:
+        """The worker's thread goes on after an error of what surrounds the answers; without answers it is a fault."""
+        self._monitor.failed(f"{type(error).__name__}: {error}")
+        self._survived("inference", error)
+
+    def _input_failed(self, place: str, error: Exception) -> None:
+        """The executor goes on after an error in what takes messages; what it built up is gone, so is the past."""
+        self._to_forget.append("failure")
+        self._monitor.refused(f"{place}: {type(error).__name__}: {error}")
+        self._survived(place, error)
+
+    def _survived(self, place: str, error: Exception) -> None:
+        """Counts an error that nothing should have raised, and logs it in full the first time."""
+        self._report.failures[place] += 1
+        text = "".join(traceback.format_exception(error))
+        self._bug(f"{place} {type(error).__name__}", f"an error in this program, {place}:\n{text}")
 
     def _process(self, job: Job) -> None:
         """One set, in the worker's thread. Whatever goes wrong costs this set and is told."""
@@ -155,8 +180,7 @@ class Detector:
         except Exception as error:  # the thread must go on, whatever an engine raises
             self._report.dropped["failure"] += 1
             self._monitor.failed(f"{type(error).__name__}: {error}")
-            with self._lock:
-                self._pipeline.memory.reset("failure")
+            self._pipeline.memory.reset("failure")
             self._error("failure", f"set dropped:\n{traceback.format_exc()}")
             return
         now = time.monotonic()
@@ -168,8 +192,7 @@ class Detector:
     def _answer(self, job: Job) -> tuple[Answer, dict[str, float]]:
         """The boxes of the cameras whose pictures can be used, and each stage's milliseconds."""
         cameras, missing = dict(job.cameras), dict(job.missing)
-        with self._lock:
-            self._forget_if_needed(job)
+        self._forget_if_needed(job)
         while True:
             self._require_enough(len(cameras), missing)
             try:
@@ -179,8 +202,7 @@ class Detector:
                     )
                     for name, camera in cameras.items()
                 }
-                with self._lock:
-                    result = self._pipeline.run(Frame(job.stamp_ns, frames, job.ego2global, job.lidar2ego))
+                result = self._pipeline.run(Frame(job.stamp_ns, frames, job.ego2global, job.lidar2ego))
             except PictureError as error:  # the others are decoded again, which costs less than a set
                 del cameras[error.camera]
                 missing[error.camera] = str(error)
@@ -192,8 +214,10 @@ class Detector:
             return answer, result.milliseconds
 
     def _forget_if_needed(self, job: Job) -> None:
-        """Drops the memory where it does not fit this set for reasons that the memory itself cannot see."""
+        """Drops the memory where that was asked for, or it does not fit this set for reasons it cannot see itself."""
         memory, known = self._pipeline.memory, job.ego_problem is None
+        while self._to_forget:
+            memory.reset(self._to_forget.popleft())
         calibrations = {name: camera.calibration for name, camera in job.cameras.items()}
         different = self._watch.changed(calibrations, job.lidar2ego)
         if different is not None:

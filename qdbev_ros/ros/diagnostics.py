@@ -27,6 +27,8 @@ class PipelineReport:
     sets_degraded: int = 0
     answers: Rate = field(default_factory=Rate)
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> sets without an answer
+    refused: Counter[str] = field(default_factory=Counter)  # kind of message -> those that could not be used
+    failures: Counter[str] = field(default_factory=Counter)  # place -> errors that nothing should have raised
     memory_age: int = 0
     memory_gap_s: float = 0.0
     spread_s: float = 0.0
@@ -76,6 +78,8 @@ def pipeline_values(
         "pictures_reordered": sync.reordered,
     }
     values |= {f"sets_dropped.{reason}": n for reason, n in report.dropped.items()}
+    values |= {f"inputs_refused.{kind}": n for kind, n in report.refused.items()}
+    values |= {f"failures.{place}": n for place, n in report.failures.items()}
     values |= {f"pictures_dropped.{reason}": n for reason, n in sync.dropped.items()}
     values |= {f"sync_resets.{reason}": n for reason, n in sync.resets.items()}
     values |= {f"memory_resets.{reason}": n for reason, n in memory_resets.items()}

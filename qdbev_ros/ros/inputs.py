@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -49,12 +49,17 @@ class Inputs:
         calibration: RigCalibration,
         on_job: Callable[[Job], None],
         on_refusal: Callable[[str, str], None],
+        on_error: Callable[[str, Exception], None],
     ) -> None:
-        """on_job takes each set that can be answered, on_refusal(kind, text) hears of each that cannot."""
+        """on_job takes each set that can be answered, on_refusal(kind, text) hears of each that cannot, and
+        on_error(place, error) of errors that nothing should have raised.
+        """
         self._node = node
         self._parameters = parameters
         self._on_job = on_job
         self._on_refusal = on_refusal
+        self._on_error = on_error
+        self.refused: Counter[str] = Counter()  # kind of message -> those that could not be used
         self._preset = preset
         self._calibration = calibration  # what a calibration file gives wins over the topics
         self.cameras = {c: CameraState(c, preset.image_topic(c), preset.info_topic(c)) for c in CAMERAS}
@@ -72,7 +77,7 @@ class Inputs:
         )
         self._mountings = Mountings(node, preset, calibration, frames)
         self._pending: deque[tuple[FrameSet[Any], float]] = deque()
-        self._warn = Throttled(node.get_logger().warning)
+        self._warn = Throttled(node.get_logger())
         self._subscriptions: list[Any] = []
         self._timer: Timer | None = None
 
@@ -103,20 +108,43 @@ class Inputs:
         images = QoSProfile(depth=10, reliability=reliability)
         infos = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
         for camera, state in self.cameras.items():
-            self._listen(kind, state.image_topic, partial(self._on_image, camera), images)
+            self._listen("pictures", kind, state.image_topic, partial(self._on_image, camera), images)
             if camera not in self._calibration.intrinsics:
-                self._listen(CameraInfo, state.info_topic, partial(self._on_info, camera), infos)
+                self._listen(
+                    "camera_info", CameraInfo, state.info_topic, partial(self._on_info, camera), infos
+                )
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        self._listen(TFMessage, "/tf_static", self._on_tf_static, latched)
+        self._listen("tf", TFMessage, "/tf_static", self._on_tf_static, latched)
         # With odometry, too: some tools send where the sensors are on /tf alone.
-        self._listen(TFMessage, "/tf", self._on_tf, QoSProfile(depth=200))
+        self._listen("tf", TFMessage, "/tf", self._on_tf, QoSProfile(depth=200))
         if self._parameters.ego_motion == "odometry":
             quality = QoSProfile(depth=200, reliability=ReliabilityPolicy.BEST_EFFORT)
-            self._listen(Odometry, self._preset.odometry, self._on_odometry, quality)
-        self._timer = every(self._node, TICK_S, self._tick)
+            self._listen("odometry", Odometry, self._preset.odometry, self._on_odometry, quality)
+        self._timer = every(self._node, TICK_S, self._guarded("tick", self._tick))
 
-    def _listen(self, kind: Any, topic: str, callback: Callable[[Any], None], quality: QoSProfile) -> None:
-        self._subscriptions.append(self._node.create_subscription(kind, topic, callback, quality))
+    def _listen(
+        self, place: str, kind: Any, topic: str, callback: Callable[[Any], None], quality: QoSProfile
+    ) -> None:
+        guarded = self._guarded(place, callback)
+        self._subscriptions.append(self._node.create_subscription(kind, topic, guarded, quality))
+
+    def _guarded(self, place: str, callback: Callable[..., None]) -> Callable[..., None]:
+        """The callback, whose errors would end the process: what waits may be in no order any more, and goes."""
+
+        def call(*message: Any) -> None:
+            try:
+                callback(*message)
+            except Exception as error:
+                self.sync.reset("failure")
+                self._drop_pending("failure", f"{type(error).__name__}: {error}")
+                self._on_error(place, error)
+
+        return call
+
+    def _drop_pending(self, kind: str, text: str) -> None:
+        while self._pending:
+            self._pending.popleft()
+            self._on_refusal(kind, text)
 
     def _on_info(self, camera: str, message: CameraInfo) -> None:
         state = self.cameras[camera]
@@ -138,9 +166,7 @@ class Inputs:
             self._warn("time_back", f"time went back on {self.cameras[camera].image_topic}: starting anew")
             self.tree.forget_after(stamp)
             self._odometry.forget_after(stamp)
-            while self._pending:
-                self._pending.popleft()
-                self._on_refusal("time_back", "time went back")
+            self._drop_pending("time_back", "time went back")
         self._take(sets, now)
 
     def _tick(self) -> None:
@@ -180,6 +206,7 @@ class Inputs:
         try:
             return pose_from_transform(transform.transform)
         except DataError as error:
+            self.refused["tf"] += 1
             name = f"{transform.header.frame_id} -> {transform.child_frame_id}"
             self._warn(f"tf {name}", f"{topic}: transform {name} is ignored: {error}")
             return None
@@ -188,6 +215,7 @@ class Inputs:
         try:
             pose = pose_from_message(message.pose.pose)
         except DataError as error:
+            self.refused["odometry"] += 1
             self._warn("odometry", f"odometry is ignored: {error}")
             return
         self._odometry.insert(_frame(message.child_frame_id), stamp_to_ns(message.header.stamp), pose)

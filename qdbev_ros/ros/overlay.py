@@ -33,9 +33,9 @@ class Overlay:
         self._node = node
         self._title = title
         self._publisher = node.create_publisher(CompressedImage, "~/overlay/compressed", QoSProfile(depth=2))
-        self._warn = Throttled(node.get_logger().warning)
+        self._warn = Throttled(node.get_logger())
         self._next = 0.0
-        self._worker: Worker[tuple[Job, Answer]] = Worker(self._work, queue_size=1)
+        self._worker: Worker[tuple[Job, Answer]] = Worker(self._work, 1, self._failed)
 
     def show(self, job: Job, answer: Answer) -> None:
         """Has the answer drawn if it is time for a picture and somebody wants it; returns at once."""
@@ -51,17 +51,17 @@ class Overlay:
 
     def _work(self, item: tuple[Job, Answer]) -> None:
         job, answer = item
-        try:
-            picture = self._draw(job, answer)
-            done, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
-            if done:
-                message = CompressedImage(format="bgr8; jpeg compressed bgr8")
-                message.header.stamp = ns_to_stamp(answer.stamp_ns)
-                message.header.frame_id = self.parameters.model_frame
-                message.data = array.array("B", data.tobytes())  # of bytes rclpy would check each
-                self._publisher.publish(message)
-        except Exception as error:  # the thread must go on
-            self._warn("overlay", f"no overlay: {type(error).__name__}: {error}")
+        picture = self._draw(job, answer)
+        done, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+        if done:
+            message = CompressedImage(format="bgr8; jpeg compressed bgr8")
+            message.header.stamp = ns_to_stamp(answer.stamp_ns)
+            message.header.frame_id = self.parameters.model_frame
+            message.data = array.array("B", data.tobytes())  # of bytes rclpy would check each
+            self._publisher.publish(message)
+
+    def _failed(self, error: Exception) -> None:
+        self._warn("overlay", f"no overlay: {type(error).__name__}: {error}")
 
     def _draw(self, job: Job, answer: Answer) -> Picture:
         boxes = answer.boxes.select(answer.boxes.scores >= self.parameters.display_threshold)

@@ -4,14 +4,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import Protocol
+
+
+class Log(Protocol):
+    """A node's logger."""
+
+    def warning(self, text: str, /) -> object: ...
+    def error(self, text: str, /) -> object: ...
 
 
 class Throttled:
-    """Passes a text on to `log` at most once per `interval_s` for each key; says how many it kept back."""
+    """Logs a text at most once per `interval_s` for each key; says how many it kept back."""
 
-    def __init__(self, log: Callable[[str], object], interval_s: float = 5.0) -> None:
+    def __init__(self, log: Log, error: bool = False, interval_s: float = 5.0) -> None:
+        """A warning, or with `error` an error."""
         self._log = log
+        self._error = error
         self._interval = interval_s
         self._next: dict[str, float] = {}
         self._kept: dict[str, int] = {}
@@ -23,4 +32,8 @@ class Throttled:
             return
         kept = self._kept.pop(key, 0)
         self._next[key] = now + self._interval
-        self._log(f"{text} ({kept} more of this kind before)" if kept else text)
+        text = f"{text} ({kept} more of this kind before)" if kept else text
+        if self._error:
+            self._log.error(text)
+        else:  # of a line of its own: rclpy raises where one line logs with two severities
+            self._log.warning(text)

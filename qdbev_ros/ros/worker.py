@@ -6,17 +6,21 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Worker(Generic[T]):
-    """Runs `work` on each submitted job in one thread. `work` must not raise."""
+    """Runs `work` on each submitted job in one thread. What it raises goes to `failed`, and the thread goes on."""
 
-    def __init__(self, work: Callable[[T], None], queue_size: int) -> None:
+    def __init__(
+        self, work: Callable[[T], None], queue_size: int, failed: Callable[[Exception], None]
+    ) -> None:
         self._work = work
-        self.queue_size = queue_size
+        self._failed = failed
+        self._queue_size = queue_size
         self._jobs: deque[T] = deque()
         self._changed = threading.Condition()
         self._busy = False
@@ -29,10 +33,14 @@ class Worker(Generic[T]):
         """Queues a job; the oldest waiting one goes when the queue is full."""
         with self._changed:
             self._jobs.append(job)
-            if len(self._jobs) > self.queue_size:
-                self._jobs.popleft()
-                self.dropped += 1
+            self._trim()
             self._changed.notify()
+
+    def resize(self, queue_size: int) -> None:
+        """So many jobs may wait from now on; of those that do, the oldest go."""
+        with self._changed:
+            self._queue_size = queue_size
+            self._trim()
 
     def idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
@@ -46,6 +54,11 @@ class Worker(Generic[T]):
             self._changed.notify()
         self._thread.join()
 
+    def _trim(self) -> None:
+        while len(self._jobs) > self._queue_size:
+            self._jobs.popleft()
+            self.dropped += 1
+
     def _loop(self) -> None:
         while True:
             with self._changed:
@@ -56,4 +69,8 @@ class Worker(Generic[T]):
                     return
                 job = self._jobs.popleft()
                 self._busy = True
-            self._work(job)
+            try:
+                self._work(job)
+            except Exception as error:  # an end of this thread would be noticed by nobody
+                with suppress(Exception):  # telling may fail, too
+                    self._failed(error)

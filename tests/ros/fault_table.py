@@ -32,6 +32,7 @@ FAULTS = (
     "wrong size",
     "K of zeros",
     "K of NaN",
+    "K without a last row",
     "camera frame without a transform",
     "no ego motion",
     "no transform at all at the start",
@@ -44,6 +45,10 @@ FAULTS = (
     "vehicle teleported",
     "node killed and restarted",
     "DDS peer killed while it sends",
+    "transform of 1.7e308 m",
+    "engine answers NaN",
+    "error in the node itself",
+    "error after the answer",
     "damaged model",
     "model swapped",
 )

@@ -239,6 +239,10 @@ class Rig:
         poses = [self._ego(stamp + 10 * MS * k, jump_m) for k in range(-6, 2)]
         self._tf.publish(TFMessage(transforms=poses))
 
+    def send_transform(self, parent: str, child: str, pose: Pose) -> None:
+        """Sends one transform of now on /tf."""
+        self._tf.publish(TFMessage(transforms=[transform(parent, child, self.now_ns, pose)]))
+
     def send_camera(
         self, camera: str, stamp: int, picture: bytes | None = None, focal: float = FOCAL, edit: Edit | None = None
     ) -> None:  # fmt: skip

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
+from qdbev_ros.core.geometry import Pose, yaw_quaternion
 from qdbev_ros.core.variant import CAMERAS
 from qdbev_ros.ros.parameters import DetectorParameters
 from tests.ros.drive import HEIGHT, OFFSETS_MS, WIDTH
@@ -148,6 +149,17 @@ def test_a_frame_without_a_transform_costs_its_camera_until_the_transform_comes(
 
 def test_without_ego_motion_nothing_is_remembered(rig: FaultRig) -> None:
     rig.suffer("no ego motion", rig.says("degraded", "no ego motion"), lambda: rig.step(tf=False))
+
+
+def test_an_absurd_transform_is_counted_and_costs_nothing(rig: FaultRig) -> None:
+    """Finite, so it is a transform; but a sum of two such is no number."""
+
+    def do() -> None:
+        rig.send_transform("base_link", "CAM_BACK", Pose(yaw_quaternion(0.8), np.array([1.7e308] * 3)))
+        rig.step()
+
+    told = both(rig.counts("inputs_refused.tf", "sets_answered"), rig.says("running", ""))
+    rig.suffer("transform of 1.7e308 m", told, do)
 
 
 def test_transforms_that_come_after_the_pictures_are_waited_for(rig: FaultRig) -> None:
