@@ -12,6 +12,8 @@ from qdbev_ros.core.errors import CalibrationError, DataError
 
 Array = NDArray[np.float64]
 
+EXACT = 1e-6  # a number of a camera matrix that must be 0 or 1 may be off by so much
+
 
 def quaternion_to_matrix(q: Array) -> Array:
     """Rotation matrix (3, 3) of a unit quaternion (w, x, y, z)."""
@@ -106,6 +108,20 @@ def interpolate(a: Pose, b: Pose, t: float) -> Pose:
     return Pose(rotation / np.linalg.norm(rotation), (1 - t) * a.translation + t * b.translation)
 
 
+def camera_matrix_problem(name: str, matrix: Array) -> str | None:
+    """Why the (3, 3) matrix `name` is none of a rectified pinhole camera; None where it is one, skewed or not."""
+    if not np.isfinite(matrix).all():
+        return f"{name} holds NaN or infinite numbers"
+    no_matrix = f"{name} is no camera matrix"
+    if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
+        return f"{no_matrix}, fx = {matrix[0, 0]:g} and fy = {matrix[1, 1]:g} must be positive"
+    if abs(matrix[1, 0]) > EXACT:
+        return f"{no_matrix}, the first number of its second row is {matrix[1, 0]:g}, not 0"
+    if np.abs(matrix[2] - (0, 0, 1)).max() > EXACT:
+        return f"{no_matrix}, its last row is {' '.join(f'{v:g}' for v in matrix[2])}, not 0 0 1"
+    return None
+
+
 @dataclass(frozen=True)
 class CameraCalibration:
     """A pinhole camera of a rectified picture.
@@ -122,10 +138,9 @@ class CameraCalibration:
 
     def __post_init__(self) -> None:
         k = np.asarray(self.intrinsics, dtype=np.float64)
-        if k.shape != (3, 3) or not np.isfinite(k).all() or k[0, 0] <= 0 or k[1, 1] <= 0:
-            raise CalibrationError(
-                f"camera {self.name}: K is not a camera matrix (fx, fy must be positive numbers): {k.tolist()}"
-            )
+        problem = camera_matrix_problem("K", k) if k.shape == (3, 3) else f"K has the shape {k.shape}"
+        if problem is not None:
+            raise CalibrationError(f"camera {self.name}: {problem}: {k.tolist()}")
         if self.width < 1 or self.height < 1:
             raise CalibrationError(f"camera {self.name}: picture size {self.width}x{self.height} is empty")
         object.__setattr__(self, "intrinsics", k)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qdbev_ros.core.geometry import Array
+from qdbev_ros.core.geometry import Array, camera_matrix_problem
 from qdbev_ros.core.health import Level
 from qdbev_ros.core.latency import Rate
 
@@ -89,13 +89,13 @@ def check_intrinsics(k: Array, p: Array, width: int, height: int) -> Intrinsics:
     if not np.isfinite(k).all() or not np.isfinite(p).all():
         raise ValueError("K or P holds NaN or infinite numbers")
     matrix = np.asarray(k, np.float64).reshape(3, 3)
-    if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
-        raise ValueError(
-            f"K is no camera matrix, fx = {matrix[0, 0]:g} and fy = {matrix[1, 1]:g} must be positive"
-        )
+    projection = np.asarray(p, np.float64).reshape(3, 4)[:, :3]
+    rectified = projection[0, 0] > 0 and projection[1, 1] > 0
+    problem = camera_matrix_problem("K", matrix)
+    if problem is None and rectified:
+        problem = camera_matrix_problem("P", projection)
+    if problem is not None:
+        raise ValueError(problem)
     if width < 1 or height < 1:
         raise ValueError(f"the picture size {width}x{height} is empty")
-    projection = np.asarray(p, np.float64).reshape(3, 4)[:, :3]
-    return Intrinsics(
-        projection.copy() if projection[0, 0] > 0 and projection[1, 1] > 0 else matrix, width, height
-    )
+    return Intrinsics(projection.copy() if rectified else matrix, width, height)

@@ -132,6 +132,18 @@ def test_a_k_that_cannot_project_costs_its_camera(rig: FaultRig, name: str, foca
     rig.suffer(f"K of {name}", told, lambda: rig.step(focal={"CAM_FRONT": focal}))
 
 
+def test_a_k_without_a_last_row_costs_its_camera(rig: FaultRig) -> None:
+    """It would divide by a depth of 0."""
+
+    def spoilt(camera: str, info: Any, image: Any) -> int:
+        if camera == "CAM_FRONT":
+            info.k[8] = 0.0
+        return 1
+
+    told = rig.camera_says("CAM_FRONT", ERROR, "K is no camera matrix, its last row is 0 0 0")
+    rig.suffer("K without a last row", told, lambda: rig.step(edit=spoilt))
+
+
 def test_a_frame_without_a_transform_costs_its_camera_until_the_transform_comes(rig: FaultRig) -> None:
     def renamed(camera: str, info: Any, image: Any) -> int:
         if camera == "CAM_BACK":

@@ -13,6 +13,12 @@ K = np.array([1266.0, 0, 800, 0, 1260, 450, 0, 0, 1])
 P = np.array([1200.0, 0, 790, 0, 0, 1200, 440, 0, 0, 0, 1, 0])
 
 
+def with_entry(matrix: np.ndarray, index: int, value: float) -> np.ndarray:
+    changed = matrix.copy()
+    changed[index] = value
+    return changed
+
+
 @pytest.fixture
 def state() -> CameraState:
     return CameraState("CAM_FRONT", "/front/image", "/front/info")
@@ -32,6 +38,21 @@ def test_without_a_projection_k_holds() -> None:
         (np.zeros(9), P, (1600, 900), "fx = 0"),
         (np.full(9, np.nan), P, (1600, 900), "NaN"),
         (K, np.full(12, np.inf), (1600, 900), "infinite"),
+        (with_entry(K, 8, 0.0), P, (1600, 900), r"K is no camera matrix, its last row is 0 0 0"),
+        (with_entry(K, 6, 0.1), P, (1600, 900), r"K is no camera matrix, its last row is 0\.1 0 1"),
+        (
+            with_entry(K, 3, 5.0),
+            P,
+            (1600, 900),
+            r"K is no camera matrix, the first number of its second row is 5",
+        ),
+        (K, with_entry(P, 10, 0.0), (1600, 900), r"P is no camera matrix, its last row is 0 0 0"),
+        (
+            K,
+            with_entry(P, 4, -2.0),
+            (1600, 900),
+            r"P is no camera matrix, the first number of its second row is -2",
+        ),
         (K, P, (0, 900), "0x900"),
     ],
 )

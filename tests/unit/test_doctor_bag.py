@@ -93,6 +93,10 @@ def fill(info: Any, value: float) -> None:
     info.k[:], info.p[:] = value, value
 
 
+def set_entry(matrix: Any, index: int) -> None:
+    matrix[index] = 0.0
+
+
 def scale_k(info: Any) -> None:
     info.k[:6] *= 0.5
     info.p[:7] *= 0.5
@@ -206,6 +210,8 @@ def grey(picture: Any) -> Any:
 FAULTS: dict[str, tuple[Fault, str, str]] = {
     "K of zeros": (each(FRONT_INFO, lambda i: fill(i, 0.0)), "info-zero", "CAM_FRONT"),
     "K of NaN": (each(FRONT_INFO, lambda i: fill(i, float("nan"))), "info-not-finite", "CAM_FRONT"),
+    "K without a last row": (each(FRONT_INFO, lambda i: set_entry(i.k, 8)), "info-matrix", "CAM_FRONT"),
+    "P without a last row": (each(FRONT_INFO, lambda i: set_entry(i.p, 10)), "info-matrix", "CAM_FRONT"),
     "K of half the resolution": (each(FRONT_INFO, scale_k), "info-resolution", "CAM_FRONT"),
     "CameraInfo of twice the size": (each(FRONT_INFO, double), "info-size", "CAM_FRONT"),
     "distortion on a rectified topic": (each(FRONT_INFO, distort), "info-distortion", "CAM_FRONT"),

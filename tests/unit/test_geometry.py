@@ -89,6 +89,17 @@ def test_what_is_no_rotation_is_refused(rotation: list[float]) -> None:
         Pose(np.array(rotation, np.float64), np.zeros(3))
 
 
+@pytest.mark.parametrize(("row", "column", "value"), [(2, 2, 0.0), (2, 0, 0.1), (1, 0, 5.0)])
+def test_a_matrix_of_another_shape_than_a_cameras_is_refused_by_name(
+    row: int, column: int, value: float
+) -> None:
+    k = np.array([[900.0, 0.1, 800], [0, 900, 450], [0, 0, 1]])
+    CameraCalibration("CAM_BACK", k, 1600, 900, Pose.identity())  # a skew is allowed
+    k[row, column] = value
+    with pytest.raises(CalibrationError, match=r"CAM_BACK: K is no camera matrix, .* row is"):
+        CameraCalibration("CAM_BACK", k, 1600, 900, Pose.identity())
+
+
 @pytest.mark.parametrize("focal", [0.0, -500.0, np.nan])
 def test_a_camera_without_focal_length_is_refused_by_name(focal: float) -> None:
     k = np.array([[focal, 0, 800], [0, focal, 450], [0, 0, 1]])

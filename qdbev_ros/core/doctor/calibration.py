@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from qdbev_ros.core.doctor.observations import CameraSeen, Drive, Finding, InfoSeen
+from qdbev_ros.core.geometry import camera_matrix_problem
 
 SCALE_OFF = 0.12  # nuScenes' principal points are up to 9 % off the centre
 FIELD_OF_VIEW = (10.0, 150.0)  # degrees; a pinhole cannot do more
@@ -58,6 +59,16 @@ def _check_info(camera: CameraSeen, info: InfoSeen) -> Iterator[Finding]:
             name,
             f"{topic}: K has fx = {info.k[0]:g}, fy = {info.k[4]:g}: not calibrated",
             f"give the camera driver its calibration file (camera_info_url), {FILE_ADVICE}",
+        )
+        return
+    k, used = np.array(info.k).reshape(3, 3), _effective(info)
+    problem = camera_matrix_problem("K", k) or camera_matrix_problem("P", used)
+    if problem is not None:
+        yield Finding(
+            "info-matrix",
+            name,
+            f"{topic}: {problem}",
+            f"fill in K as fx 0 cx, 0 fy cy, 0 0 1, and P as K with a fourth column of zeros, {FILE_ADVICE}",
         )
         return
     if info.width < 1 or info.height < 1:
