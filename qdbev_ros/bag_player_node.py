@@ -64,6 +64,7 @@ class Player:
         self._end_at: float | None = None
         self._passes = 0
         self._image_topics = set(preset.image_topics())
+        self._cut: set[str] = set()  # topics of which a message was too short
         self._newest = (0, 0)  # stamp of the pictures played
         self._answered = (0, 0)  # stamp of the newest answer
         # One picture of it stands for a set. The first one: to hold in the middle of a set would tear it apart.
@@ -134,14 +135,7 @@ class Player:
             topic, bag_ns, data = self._next
             if topic == self._counted and self._hold(now, bag_ns, self._parameters.max_ahead):
                 return
-            if self._endless is not None:
-                data = self._endless.message(topic, data, self._passes)
-            if topic in self._publishers:
-                self._publishers[topic].publish(data)
-            if topic in self._image_topics:
-                self._newest = max(self._newest, STAMP.unpack_from(data))
-            if topic == self._counted:
-                self._unanswered.append(STAMP.unpack_from(data))
+            self._play(topic, data)
             self._next = next(self._messages, None) if self._messages is not None else None
         if self._next is None:
             self._messages = None
@@ -153,6 +147,24 @@ class Player:
             else:
                 self.node.get_logger().info("end of the bag")
                 self._end_at = self._leave_at(now)
+
+    def _play(self, topic: str, data: bytes) -> None:
+        """Publishes a message; one that was cut off and cannot be a picture is left out, which is told once a topic."""
+        if topic in self._image_topics and len(data) < STAMP.size:
+            if topic not in self._cut:
+                self.node.get_logger().warning(
+                    f"{topic}: {len(data)} bytes are too short for a picture: left out"
+                )
+            self._cut.add(topic)
+            return
+        if self._endless is not None:
+            data = self._endless.message(topic, data, self._passes)
+        if topic in self._publishers:
+            self._publishers[topic].publish(data)
+        if topic in self._image_topics:
+            self._newest = max(self._newest, STAMP.unpack_from(data))
+        if topic == self._counted:
+            self._unanswered.append(STAMP.unpack_from(data))
 
     def _hold(self, now: float, bag_ns: int, limit: int) -> bool:
         """Whether the next set must wait for there to be less than `limit` open; if so, the bag's time stands still."""

@@ -56,6 +56,8 @@ class Endless:
         return data if editor is None or not passes else editor(data, passes)
 
     def _restamp(self, data: bytes, passes: int) -> bytes:
+        if len(data) < STAMP_AT + STAMP.size:  # cut off: whoever takes it can say so
+            return data
         seconds, nanoseconds = STAMP.unpack_from(data, STAMP_AT)
         later = divmod(seconds * SECOND + nanoseconds + passes * self.period_ns, SECOND)
         return data[:STAMP_AT] + STAMP.pack(*later) + data[STAMP_AT + STAMP.size :]
