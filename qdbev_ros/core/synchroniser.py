@@ -58,7 +58,7 @@ class SyncSettings:
     """
 
     max_spread_s: float = 0.06
-    deadline_s: float = 0.1
+    deadline_s: float = 0.08  # less than a period at 12 Hz
     max_waiting: int = 10
     anchor: str = ""
 

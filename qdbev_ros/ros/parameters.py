@@ -57,7 +57,11 @@ class DetectorParameters:
         0.06, "seconds between the oldest and newest picture of a set", 0.001, 1.0, live=True
     )
     sync_deadline: float = parameter(
-        0.1, "seconds that the first picture of a set waits for the others", 0.01, 10.0, live=True
+        0.08,
+        "seconds that the first picture of a set waits for the others; less than the cameras' period",
+        0.01,
+        10.0,
+        live=True,
     )
     sync_anchor: str = parameter(
         CAMERAS[0], "camera around whose pictures incomplete sets are made", choices=CAMERAS, live=True

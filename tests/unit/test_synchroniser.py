@@ -115,6 +115,18 @@ def test_whichever_camera_dies_every_moment_is_answered_and_only_two_sets_wait(l
             assert at == frame.stamp_ns / MS + 5
 
 
+@pytest.mark.parametrize("lost", CAMERAS)
+def test_at_twelve_hertz_a_set_without_a_camera_is_there_within_a_period_the_first_ones_too(
+    lost: str,
+) -> None:
+    """With deadlines looked at as seldom as the node does."""
+    pictures = [p for p in arrivals(83, 30) if p.camera != lost or p.stamp_ms < START_MS + 12 * 83 - 50]
+    sets = feed(Sync(CAMERAS), pictures, tick_ms=20)
+    assert [frame.missing for _, frame in sets] == [()] * 12 + [(lost,)] * 18
+    for at, frame in sets:
+        assert at - min(image.arrived_s for image in frame.images.values()) * 1e3 <= 83.001
+
+
 @pytest.mark.parametrize("period_ms", [500, 83])
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("order", [1, -1])
@@ -189,7 +201,7 @@ def test_an_incomplete_set_is_made_around_the_anchors_picture() -> None:
         for i in range(4)
         for camera, o in offsets.items()
     ]
-    sync = Sync(("A", "B", "C", "D"), SyncSettings(max_spread_s=0.05, anchor="A"))
+    sync = Sync(("A", "B", "C", "D"), SyncSettings(max_spread_s=0.05, deadline_s=0.1, anchor="A"))
     sets = feed(sync, pictures)
     assert sets
     assert all("A" in frame.images for _, frame in sets)
