@@ -2,11 +2,12 @@
 """The detector with errors that CAM_FRONT's picture asks for by its `format`: python -m tests.ros.spoiled_node
 
 bug: taking the picture raises · nan: the engine's map holds NaN · slow: the engine takes SLOW_S ·
-after: what comes after the answer raises
+after: what comes after the answer raises. With $QDBEV_SPOILT=deactivate the first deactivation raises.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -21,6 +22,7 @@ from qdbev_ros.ros.overlay import Overlay
 
 SLOW_S = 3.0
 add, process, infer, show = Synchroniser.add, Detector._process, Engine.infer, Overlay.show
+deactivate = Detector.deactivate
 asked = ""  # of the set that is worked on
 
 
@@ -53,7 +55,14 @@ def spoiled_show(self: Any, job: Any, answer: Any) -> None:
     show(self, job, answer)
 
 
+def spoiled_deactivate(self: Any) -> None:
+    if os.environ.pop("QDBEV_SPOILT", "") == "deactivate":
+        raise ZeroDivisionError("division by zero")
+    deactivate(self)
+
+
 if __name__ == "__main__":
     Synchroniser.add, Detector._process = spoiled_add, spoiled_process  # type: ignore[method-assign]
+    Detector.deactivate = spoiled_deactivate  # type: ignore[method-assign]
     Engine.infer, Overlay.show = spoiled_infer, spoiled_show  # type: ignore[method-assign]
     sys.exit(main())

@@ -48,6 +48,27 @@ def test_a_preset_of_topics_that_ros_does_not_allow_is_refused_by_name(
     assert "'/kamera_ä/CAM_FRONT/image'" in one_line(node.output, "detector_node")
 
 
+def test_a_transition_that_raises_closes_everything_and_can_be_tried_again(
+    graph: Graph, package: Path
+) -> None:
+    pytest.importorskip("qdbev_msgs", reason="qdbev_msgs tells which cameras were used")
+    graph.environment["QDBEV_SPOILT"] = "deactivate"
+    parameters = TIMING | {"model": package, "image_reliability": "reliable"}
+    words = [word for name, value in parameters.items() for word in ("-p", f"{name}:={value}")]
+    node = graph.start("tests.ros.spoiled_node", "--ros-args", *words)
+    node.wait_for("ready")
+    with Rig(graph, node) as rig:
+        rig.whole()
+        assert not change(rig, Transition.TRANSITION_DEACTIVATE)
+        rig.until_state("fault", "a lifecycle transition from active failed")
+        assert rig.set_parameter("decode_threads", 1).successful, "it is not configured any more"
+        assert change(rig, Transition.TRANSITION_CONFIGURE)
+        assert change(rig, Transition.TRANSITION_ACTIVATE)
+        rig.until_heard()
+        rig.whole()
+    assert node.stop() == 0
+
+
 def test_a_managed_node_that_cannot_listen_says_so_and_is_mended_without_a_restart(
     graph: Graph, package: Path, tmp_path: Path
 ) -> None:
