@@ -20,7 +20,7 @@ from rclpy.qos import QoSProfile
 from std_srvs.srv import Trigger
 
 from qdbev_ros.core.errors import ConfigError, EngineError, QdbevError, one_line
-from qdbev_ros.core.health import HealthMonitor, HealthPolicy, State
+from qdbev_ros.core.health import Health, HealthMonitor, HealthPolicy, State
 from qdbev_ros.ros.detector import Detector
 from qdbev_ros.ros.diagnostics import camera_status, diagnostic_array, pipeline_status, with_input_problems
 from qdbev_ros.ros.parameters import DetectorParameters, changed, declare
@@ -44,7 +44,7 @@ class DetectorNode(LifecycleNode):
         self._last_model = ""  # hash of the package that was configured before
         self._memory_resets: dict[str, int] = {}
         self._monitor = HealthMonitor(self._health_policy())
-        self._told: tuple[State | None, float] = (None, 0.0)
+        self._told: tuple[object, float] = (None, 0.0)  # news, and when
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         every(self, LOOK_S, self._look)
         self.create_service(Trigger, "~/reset_memory", self._on_reset)
@@ -115,7 +115,7 @@ class DetectorNode(LifecycleNode):
         """Publishes the status of the whole and of each camera."""
         now = time.monotonic()
         health = self._monitor.check(now)
-        self._told = (health.state, now)
+        self._told = (_news(health), now)
         cameras = {} if self.detector is None else self.detector.cameras
         if not self._active and health.state != State.FAULT:
             health = dataclasses.replace(health, text="the node is not active")
@@ -148,10 +148,10 @@ class DetectorNode(LifecycleNode):
         return TransitionCallbackReturn.FAILURE
 
     def _look(self) -> None:
-        """Every 0.1 s: diagnostics when they are due, or the state is another."""
-        state, told = self._told
+        """Every 0.1 s: diagnostics when they are due, or there is news."""
+        news, told = self._told
         now = time.monotonic()
-        if now - told >= DIAGNOSE_S or self._monitor.check(now).state != state:
+        if now - told >= DIAGNOSE_S or _news(self._monitor.check(now)) != news:
             self.diagnose()
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -179,6 +179,11 @@ class DetectorNode(LifecycleNode):
 
     def _health_policy(self) -> HealthPolicy:
         return HealthPolicy(stale_after_s=self.parameters.stale_after)
+
+
+def _news(health: Health) -> tuple[State, str]:
+    """What is told at once: another state, and at the start another reason why nothing is answered."""
+    return health.state, health.text if health.state == State.WAITING else ""
 
 
 class DetectorProcess:
