@@ -19,7 +19,9 @@ class DistillationConfig:
     weighting: "fixed", `weight` is the loss's factor, or "gradient", `weight` is the size of its gradient at the
     student's features as a share of the task's · detach: the factor of the product that is a mere number, "image",
     "bev" or "none" · floor: added to the weight of every cell that a camera sees · combine: "product" (the paper's) or
-    "sum"
+    "sum" · further_teachers: model files of an ensemble with the teacher, whose distributions are averaged. They must
+    have been trained on from the same model: channels of networks that began apart mean different things, and the mean
+    of their softmax would mean nothing
     """
 
     axis: str = "channel"
@@ -29,6 +31,7 @@ class DistillationConfig:
     detach: str = "none"
     floor: float = 0.0
     combine: str = "product"
+    further_teachers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         choices = {

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from qdbev_ros.core.errors import ConfigError
+from qdbev_train.data.dataset import Batch
 from qdbev_train.distillation.config import METHODS, DistillationConfig
-from qdbev_train.distillation.losses import bev_divergence, image_divergence, view_guided
+from qdbev_train.distillation.losses import (
+    BEV_DIMS,
+    IMAGE_DIMS,
+    bev_divergence,
+    image_divergence,
+    mean_target,
+    view_guided,
+)
 from qdbev_train.distillation.teacher import Seen, Teacher
 from qdbev_train.model import Output
 
@@ -21,19 +29,38 @@ MOMENTUM = 0.5
 
 
 class Distillation:
-    """Called once a step. What a resumed run needs of it is in `state`; the teacher's weights are no part of that."""
+    """Called once a step. What a resumed run needs of it is in `state`; the teachers' weights are no part of that.
 
-    def __init__(self, teacher: Teacher, method: str, config: DistillationConfig) -> None:
+    teachers: one, or an ensemble; each keeps its own memory.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], method: str, config: DistillationConfig) -> None:
         if method not in METHODS:
             raise ConfigError(f"distillation: method {method!r}; use one of {list(METHODS)}")
-        self.teacher, self.method, self.config = teacher, method, config
+        self.teachers, self.method, self.config = tuple(teachers), method, config
         self._factor: Tensor | None = None
         self._calls = 0
+
+    def remember(self, history: Sequence[Batch], device: torch.device) -> None:
+        """The past frames of a queue, for every teacher's memory."""
+        for teacher in self.teachers:
+            teacher.remember(history, device)
+
+    def see(self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, has_prev: Tensor | None) -> Seen:
+        """What a frame's student is to match: the teacher's maps, or such as give the mean of all teachers' softmax."""
+        seen = [teacher.see(images, lidar2img, can_bus, has_prev) for teacher in self.teachers]
+        axis, tau = self.config.axis, self.config.temperature
+        levels = zip(*(s.image_features for s in seen), strict=True)
+        return Seen(
+            [mean_target(level, IMAGE_DIMS[axis], tau) for level in levels],
+            mean_target([s.bev for s in seen], BEV_DIMS[axis], tau),
+            seen[0].mask,  # the calibration's, and so the same for all
+        )
 
     def loss(self, seen: Seen, student: Output, task: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(weighted loss, numbers to log) of one step.
 
-        seen: the teacher's maps · student: the model's output for the same frame · task: its own loss, a scalar with
+        seen: what `see` gave · student: the model's output for the same frame · task: its own loss, a scalar with
         its graph.
         """
         raw, logged = self.divergence(seen, student)
@@ -44,13 +71,16 @@ class Distillation:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, of this process."""
-        kept = {"calls": torch.tensor(self._calls), "factor": self._factor, "memory": self.teacher.memory}
+        memories = {_memory(i): teacher.memory for i, teacher in enumerate(self.teachers)}
+        kept = {"calls": torch.tensor(self._calls), "factor": self._factor} | memories
         return {key: value for key, value in kept.items() if value is not None}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         self._calls = int(state["calls"])
-        self._factor, self.teacher.memory = state.get("factor"), state.get("memory")
+        self._factor = state.get("factor")
+        for i, teacher in enumerate(self.teachers):
+            teacher.memory = state.get(_memory(i))
 
     def divergence(self, seen: Seen, student: Output) -> tuple[Tensor, dict[str, Tensor]]:
         """The unweighted loss, averaged over the batch, and the mean of each of its factors."""
@@ -92,6 +122,11 @@ class Distillation:
         self._calls += 1
         assert self._factor is not None
         return self._factor.to(loss.device)
+
+
+def _memory(number: int) -> str:
+    """The key of a teacher's memory in the saved state."""
+    return f"memory_{number}" if number else "memory"
 
 
 def _gradient_norm(loss: Tensor, features: Sequence[Tensor]) -> Tensor:

@@ -7,10 +7,24 @@ the cells of another. Letters: B batch, N cameras, C channels, h_l w_l a level's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+# What a softmax runs over: in image maps (B, N, C, h_l, w_l), and in BEV maps (B, cells, C).
+IMAGE_DIMS: dict[str, tuple[int, ...]] = {"channel": (2,), "spatial": (3, 4)}
+BEV_DIMS: dict[str, tuple[int, ...]] = {"channel": (2,), "spatial": (1,)}
+
+
+def mean_target(maps: Sequence[Tensor], dims: tuple[int, ...], temperature: float) -> Tensor:
+    """A map whose softmax (of map / tau over `dims`) is the mean of those of `maps`; a single map is its own."""
+    if len(maps) == 1:
+        return maps[0]
+    scaled = [x.float() / temperature for x in maps]
+    log_p = torch.stack([x - x.logsumexp(dims, keepdim=True) for x in scaled])
+    return temperature * (log_p.logsumexp(0) - math.log(len(maps)))
 
 
 def divergence_terms(teacher: Tensor, student: Tensor, dims: tuple[int, ...], temperature: float) -> Tensor:
@@ -31,11 +45,10 @@ def image_divergence(
 
     tau^2 / (W H C) D_KL as QD-BEV has it, or without W H where not `per_pixel`, as channel-wise distillation has it.
     """
-    dims = (2,) if axis == "channel" else (3, 4)
     levels = []
     for wanted, got in zip(teacher, student, strict=True):
         channels, height, width = wanted.shape[2:]
-        terms = divergence_terms(wanted, got, dims, temperature).sum((2, 3, 4))
+        terms = divergence_terms(wanted, got, IMAGE_DIMS[axis], temperature).sum((2, 3, 4))
         levels.append(terms / (channels * height * width if per_pixel else channels))
     return torch.stack(levels).mean(0)
 
@@ -45,8 +58,7 @@ def bev_divergence(teacher: Tensor, student: Tensor, axis: str, temperature: flo
 
     Over the channels of a cell it is not negative. Over space it is the cell's share of what is not negative in sum.
     """
-    dims = (2,) if axis == "channel" else (1,)
-    return divergence_terms(teacher, student, dims, temperature).sum(2) / teacher.shape[2]
+    return divergence_terms(teacher, student, BEV_DIMS[axis], temperature).sum(2) / teacher.shape[2]
 
 
 def view_guided(

@@ -32,7 +32,7 @@ from qdbev_train.evaluation.torch_engine import TorchEngine
 from qdbev_train.quantization import QuantConfig
 from qdbev_train.study.config import FLOAT, Job, StudyConfig
 from qdbev_train.study.cost import bit_operations, layer_products, package_bytes
-from qdbev_train.training.compress import compress
+from qdbev_train.training.compress import FURTHER, compress, teacher_hashes
 
 PAUSE = 5.0  # seconds between two looks for a row that has become free
 ROW = "row.json"
@@ -68,9 +68,17 @@ class Study:
     def settings(self, job: Job) -> dict[str, Any]:
         """What a row's numbers depend on."""
         frames = sum(map(len, self.scenes.values()))
-        shared = {"teacher": self.teacher_sha256, "split": self.config.split, "frames": frames}
-        own = None if job.row.name == FLOAT else self.config.compression(job).to_dict()
-        return dict(json.loads(json.dumps(shared | {"compression": own})))
+        shared: dict[str, Any] = {
+            "teacher": self.teacher_sha256,
+            "split": self.config.split,
+            "frames": frames,
+        }
+        if job.row.name == FLOAT:
+            return shared | {"compression": None}
+        compression = self.config.compression(job)
+        if compression.further_teachers:
+            shared[FURTHER] = teacher_hashes(compression)[FURTHER]
+        return dict(json.loads(json.dumps(shared | {"compression": compression.to_dict()})))
 
     def finished(self, job: Job) -> dict[str, Any] | None:
         """The numbers of a row that was finished with the present settings."""
@@ -103,8 +111,15 @@ def run_study(config: StudyConfig) -> None:
 
 
 def _waits_for_another(study: Study, job: Job) -> bool:
-    """The row whose stages it takes over isn't finished."""
-    before = [j for j in study.config.jobs() if j.row.name == job.row.stages_of and j.seed == job.seed]
+    """A row whose stages it takes over, or whose model is among its teachers, isn't finished."""
+    config = study.config
+    further = () if job.row.name == FLOAT else config.compression(job).further_teachers
+    needed = {Path(path).parent for path in further}
+    before = [
+        j
+        for j in config.jobs()
+        if (j.row.name == job.row.stages_of and j.seed == job.seed) or config.folder(j) in needed
+    ]
     return any(study.finished(other) is None for other in before)
 
 

@@ -39,10 +39,11 @@ from qdbev_train.training.student import StudentLoss
 
 SETTINGS = "settings.json"
 TEACHER = "teacher_sha256"  # its file may have been trained on under the same name
+FURTHER = "further_teachers_sha256"  # likewise
 SHORTEST = 10  # warm-ups in a stage, at least
 # What may change when a compression goes on; and what may differ from another one whose stages are taken over.
 _FREE = {"evaluation", "stages_from"}
-_FREE_OF_OTHER = _FREE | {"method", "out", "distillation"}
+_FREE_OF_OTHER = _FREE | {"method", "out", "distillation", FURTHER}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def compress(config: CompressConfig) -> Path:
     if "quantisation" in metadata:
         raise ConfigError(f"{config.teacher}: quantised already; compress starts from a float model")
     out = Path(config.out)
-    settings = config.to_dict() | {TEACHER: hashlib.sha256(Path(config.teacher).read_bytes()).hexdigest()}
+    for path in config.further_teachers:
+        _require_kin(path, variant, config.teacher)
+    settings = config.to_dict() | teacher_hashes(config)
     _require_equal(settings, out / SETTINGS, _FREE)
     if config.stages_from:
         _require_equal(settings, Path(config.stages_from) / SETTINGS, _FREE_OF_OTHER)
@@ -118,6 +121,24 @@ def calibration_frames(config: CompressConfig, variant: Variant) -> CalibrationF
     scenes = load_scenes(Path(config.data.root), config.data.version, config.data.split)
     stream = StreamDataset(scenes, variant, config.calibration.batch, config.seed)
     return CalibrationFrames(stream, config.calibration.steps)
+
+
+def teacher_hashes(config: CompressConfig) -> dict[str, Any]:
+    """SHA-256 of the teachers' files, of a missing one ""; those of further ones where there are any."""
+    files = [Path(path) for path in (config.teacher, *config.further_teachers)]
+    own, *further = [hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else "" for f in files]
+    return {TEACHER: own} | ({FURTHER: further} if further else {})
+
+
+def _require_kin(path: str, variant: Variant, teacher: str) -> None:
+    """Refuses a further teacher that is not a float model of the teacher's variant."""
+    _, own, metadata = load_model(path)
+    if own != variant:
+        raise ConfigError(
+            f"{path}: holds another variant than {teacher}; an ensemble's teachers share theirs"
+        )
+    if "quantisation" in metadata:
+        raise ConfigError(f"{path}: quantised; the teachers of a distillation are float models")
 
 
 def _stage(job: _Job, number: int, stage: Stage, before: Path) -> Path:
@@ -183,8 +204,9 @@ def _student_loss(job: _Job, stage: Stage, model: BEVFormer) -> StudentLoss | No
     distillation = None
     if stage.distilled:
         assert config.distillation is not None
-        teacher, _, _ = load_model(config.teacher)
-        distillation = Distillation(Teacher(teacher), config.method, config.distillation)
+        files = (config.teacher, *config.further_teachers)
+        teachers = [Teacher(load_model(path)[0]) for path in files]
+        distillation = Distillation(teachers, config.method, config.distillation)
     freeze_after = max(1, round(config.freeze_ranges * stage.steps))
     return StudentLoss(model, distillation, freeze_after)
 

@@ -86,6 +86,13 @@ class CompressConfig:
         if self.stages_from and self.method not in STAGED:
             raise ConfigError(f"stages_from: method {self.method} has no stages to take over")
 
+    @property
+    def further_teachers(self) -> tuple[str, ...]:
+        """Those of a distillation; other methods have none, whatever the settings of one say."""
+        if self.distillation is None or self.method not in DISTILLED:
+            return ()
+        return self.distillation.further_teachers
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -156,6 +156,10 @@ def _value(value: Any, wanted: str, source: str) -> Any:
             return Span.parse(str(value))
         except ValueError:
             raise ConfigError(f'{source} is {value!r}, expected "24 epochs" or "300 steps"') from None
+    if wanted == "tuple[str, ...]":
+        if not isinstance(value, list):
+            raise ConfigError(f"{source} is {value!r}, expected a list")
+        return tuple(_value(one, "str", source) for one in value)
     require_plain(value, wanted, source)
     if isinstance(value, str):
         # Paths may name environment variables, such as $QDBEV_NUSCENES.

@@ -27,7 +27,7 @@ class StudentLoss:
     def remember(self, history: Sequence[Batch], device: torch.device) -> None:
         """The past frames of a queue, for the teacher."""
         if self.distillation is not None:
-            self.distillation.teacher.remember(history, device)
+            self.distillation.remember(history, device)
 
     def __call__(
         self, out: Output, images: Tensor, lidar2img: Tensor, can_bus: Tensor, has_prev: Tensor, task: Tensor
@@ -38,7 +38,7 @@ class StudentLoss:
             freeze_ranges(self.model)
         if self.distillation is None:
             return {}, {}
-        seen = self.distillation.teacher.see(images, lidar2img, can_bus, has_prev)
+        seen = self.distillation.see(images, lidar2img, can_bus, has_prev)
         loss, logged = self.distillation.loss(seen, out, task)
         return {"distillation": loss}, {f"distillation/{name}": value for name, value in logged.items()}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from qdbev_ros.core.errors import ConfigError, DataError
 from qdbev_train.checkpoint import load_model, read_tensors, save_model
 from qdbev_train.cli import main
+from qdbev_train.model import build_model
 from qdbev_train.quantization import PARTS
 from qdbev_train.quantization.layers import QuantisedLayer
 from qdbev_train.training import compress as compress_module
@@ -170,6 +171,67 @@ def test_a_stopped_compression_goes_on_as_if_it_had_never_stopped(
     assert curve(tmp_path, "5_final", "distillation/bev") == curve(whole, "5_final", "distillation/bev")
 
 
+def kin(path: Path, seed: int) -> str:
+    """The file of a float model of the same variant."""
+    save_model(path, small_model(seed), small_variant(), {"steps": seed}, None)
+    return str(path)
+
+
+def ensemble(teacher: Path, out: Path, *further: str) -> CompressConfig:
+    """Everything on the grid at once and distilled all along, for four steps, by several teachers."""
+    config = settings(teacher, out, "vgd", stages=StageLengths(0, 0, 0, 0, 1))
+    assert config.training is not None
+    assert config.distillation is not None
+    return replace(
+        config,
+        training=replace(config.training, length=Span(4, "steps")),
+        distillation=replace(config.distillation, further_teachers=further),
+    )
+
+
+def test_a_stopped_distillation_by_several_teachers_goes_on_to_the_same_bits(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = kin(tmp_path / "other.safetensors", 1)
+    wanted, _ = read_tensors(compress(ensemble(teacher, tmp_path / "whole", other)))
+    original = compress_module.training_data
+    with monkeypatch.context() as patched:
+        patched.setattr(compress_module, "training_data", lambda *a: Interrupted(original(*a), 1))
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 2 of 4"):
+            compress(ensemble(teacher, tmp_path / "stopped", other))
+    got, _ = read_tensors(compress(ensemble(teacher, tmp_path / "stopped", other)))
+    assert all(torch.equal(got[key], value) for key, value in wanted.items())
+    alone, _ = read_tensors(compress(ensemble(teacher, tmp_path / "alone")))
+    assert any(not torch.equal(alone[key], value) for key, value in wanted.items())
+
+
+def test_further_teachers_are_float_models_of_the_same_variant(teacher: Path, tmp_path: Path) -> None:
+    own, out = small_variant(), tmp_path / "out"
+    more = replace(own, transformer=replace(own.transformer, queries=own.transformer.queries + 1))
+    save_model(tmp_path / "more.safetensors", build_model(more), more, {}, None)
+    student = compress(settings(teacher, tmp_path / "ptq", "ptq"))
+    for file, complaint in (
+        (tmp_path / "more.safetensors", "more.safetensors: holds another variant than"),
+        (student, "model.safetensors: quantised"),
+        (tmp_path / "none.safetensors", "no checkpoint at .*none.safetensors"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=complaint) as refused:
+            compress(ensemble(teacher, out, str(file)))
+        assert "\n" not in str(refused.value)
+    assert not out.exists()
+
+
+def test_a_compression_is_held_to_its_further_teachers_too(teacher: Path, tmp_path: Path) -> None:
+    other = kin(tmp_path / "other.safetensors", 1)
+    config = ensemble(teacher, tmp_path / "out", other)
+    compress(config)
+    kin(tmp_path / "other.safetensors", 2)
+    with pytest.raises(ConfigError, match=r"other settings \(further_teachers_sha256\)"):
+        compress(config)
+    with pytest.raises(ConfigError, match=r"other settings \(distillation\)"):
+        compress(ensemble(teacher, tmp_path / "out"))
+
+
 def test_a_score_that_a_kill_cut_off_is_made_up_for(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,12 +359,16 @@ def test_the_configurations_that_come_along_can_be_read(path: Path, monkeypatch:
         ({"quantisation": {"weight_bits": 4}}, "missing keys"),
         ({"stages": {"backbone": 1.0}}, "missing keys"),
         ({"training": {"out": "x"}}, "stand at the top"),
+        ({"distillation": {"further_teachers": "a"}}, "further_teachers is 'a', expected a list"),
+        ({"distillation": {"further_teachers": [3]}}, "further_teachers is 3, expected str"),
     ],
 )
 def test_bad_settings_are_one_line_with_file_and_key(
     change: dict[str, object], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = yaml.safe_load((ROOT / "config" / "compress" / "nano_town_vgd.yaml").read_text())
+    if "distillation" in change and change["distillation"] is not None:
+        change = {"distillation": data["distillation"] | change["distillation"]}
     refused(data | change, complaint, tmp_path / "config.yaml", capsys)
 
 

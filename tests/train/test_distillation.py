@@ -115,8 +115,8 @@ def test_channel_wise_baselines_equal_their_literal_versions(axis: str) -> None:
     teacher = Seen(t_img, t_bev, torch.ones(B, N, CELLS, dtype=torch.bool))
     student = SimpleNamespace(image_features=s_img, bev=s_bev)
     config = DistillationConfig(axis=axis, weighting="fixed")
-    image, _ = Distillation(object(), "cwd_img", config).divergence(teacher, student)
-    bev, _ = Distillation(object(), "cwd_bev", config).divergence(teacher, student)
+    image, _ = Distillation([object()], "cwd_img", config).divergence(teacher, student)
+    bev, _ = Distillation([object()], "cwd_bev", config).divergence(teacher, student)
     # Their normaliser is tau^2 / C without W H.
     wanted = 0.0
     for level, (h, w) in enumerate(LEVELS):
@@ -173,7 +173,7 @@ def test_samples_do_not_mix(mask: Tensor) -> None:
     """The batch's loss is the mean of what each sample costs alone."""
     (t_img, t_bev), (s_img, s_bev) = features(0), features(1)
     student = SimpleNamespace(image_features=s_img, bev=s_bev)
-    vgd = Distillation(object(), "vgd", DistillationConfig())
+    vgd = Distillation([object()], "vgd", DistillationConfig())
     whole, _ = vgd.divergence(Seen(t_img, t_bev, mask), student)
     alone = []
     for b in range(B):
@@ -234,7 +234,7 @@ def test_the_gradient_is_that_of_finite_differences(mask: Tensor) -> None:
             assert float(tensor.grad.view(-1)[position]) == pytest.approx(slope, rel=1e-3, abs=1e-6)
 
 
-def look(teacher: Teacher, batch: Batch) -> Seen:
+def look(teacher: Teacher | Distillation, batch: Batch) -> Seen:
     return teacher.see(batch.images, batch.lidar2img, batch.can_bus, ~batch.is_first)
 
 
@@ -269,6 +269,93 @@ def test_the_view_mask_is_that_of_the_calibration() -> None:
     assert seen.mask[:, :2].any()
 
 
+class Shown:
+    """A teacher that shows the same maps at any frame."""
+
+    def __init__(self, seed: int, mask: Tensor) -> None:
+        self.image, self.bev = features(seed)
+        self.mask, self.memory = mask, None
+
+    def see(self, *_: object) -> Seen:
+        return Seen([x.detach() for x in self.image], self.bev.detach(), self.mask)
+
+
+def mean_softmax(columns: list[list[float]], tau: float) -> list[float]:
+    each = [softmax(column, tau) for column in columns]
+    return [sum(values) / len(each) for values in zip(*each, strict=True)]
+
+
+@pytest.mark.parametrize("axis", ["channel", "spatial"])
+def test_an_ensembles_target_is_the_mean_of_its_teachers_distributions(axis: str, mask: Tensor) -> None:
+    """KL of the mean softmax and the student's, literally, for a camera of one level and for a cell."""
+    tau, (s_img, s_bev) = 1.7, features(9)
+    teachers = [Shown(seed, mask) for seed in (0, 1, 2)]
+    config = DistillationConfig(axis=axis, temperature=tau, weighting="fixed")
+    target = Distillation(teachers, "vgd", config).see(*[torch.zeros(1)] * 4)
+    assert torch.equal(target.mask, mask)
+
+    height, width = LEVELS[0]
+    maps = [t.image[0][1, 2].detach().reshape(C, -1) for t in teachers]
+    own = s_img[0][1, 2].detach().reshape(C, -1)
+    if axis == "channel":
+        maps, own = [m.T for m in maps], own.T
+    wanted = 0.0
+    for i in range(len(own)):
+        p = mean_softmax([m[i].tolist() for m in maps], tau)
+        wanted += tau**2 / (width * height * C) * sum(kl(p, softmax(own[i].tolist(), tau)))
+    got = image_divergence(target.image_features[:1], s_img[:1], axis, tau, per_pixel=True)[1, 2]
+    assert float(got.detach()) == pytest.approx(wanted, rel=1e-5)
+
+    cells, own = [t.bev[1].detach() for t in teachers], s_bev[1].detach()
+    if axis == "channel":
+        p = mean_softmax([c[3].tolist() for c in cells], tau)
+        wanted = tau**2 / C * sum(kl(p, softmax(own[3].tolist(), tau)))
+    else:
+        p = [mean_softmax([c[:, k].tolist() for c in cells], tau) for k in range(C)]
+        wanted = tau**2 / C * sum(kl(p[k], softmax(own[:, k].tolist(), tau))[3] for k in range(C))
+    got = bev_divergence(target.bev, s_bev, axis, tau)[1, 3]
+    assert float(got.detach()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_single_teacher_is_matched_as_it_is(mask: Tensor) -> None:
+    teacher = Shown(0, mask)
+    target = Distillation([teacher], "vgd", DistillationConfig()).see(*[torch.zeros(1)] * 4)
+    assert torch.equal(target.bev, teacher.bev)
+    assert all(torch.equal(a, b) for a, b in zip(target.image_features, teacher.image, strict=True))
+
+
+def test_teachers_that_all_equal_the_student_leave_it_alone(mask: Tensor) -> None:
+    s_img, s_bev = features(3)
+    student = SimpleNamespace(image_features=s_img, bev=s_bev)
+    for others, pulled in (((3, 3), False), ((3, 4), True)):
+        vgd = Distillation([Shown(s, mask) for s in (3, *others)], "vgd", DistillationConfig(combine="sum"))
+        loss, _ = vgd.divergence(vgd.see(*[torch.zeros(1)] * 4), student)
+        gradient = max(float(g.abs().max()) for g in torch.autograd.grad(loss, [*s_img, s_bev]))
+        assert (float(loss.detach()) > 1e-3) == pulled
+        assert (gradient > 1e-3) == pulled
+
+
+def test_every_teacher_of_an_ensemble_keeps_its_own_memory() -> None:
+    """Also where a run goes on: what a second ensemble sees from the saved state on is the same to the bit."""
+    models = [small_model(0), small_model(1)]
+    batches = frames(models[0], 3)
+    first, second = (
+        Distillation([Teacher(m) for m in models], "vgd", DistillationConfig()) for _ in range(2)
+    )
+    for batch in batches[:2]:
+        look(first, batch)
+    alone = Teacher(copy.deepcopy(models[1]))
+    for batch in batches[:2]:
+        look(alone, batch)
+    assert torch.equal(first.teachers[1].memory, alone.memory)
+    assert not torch.equal(first.teachers[0].memory, alone.memory)
+    second.load_state({key: value.clone() for key, value in first.state().items()})
+    assert torch.equal(look(first, batches[2]).bev, look(second, batches[2]).bev)
+    # With a queue every one of them gets the past frames.
+    second.remember(batches[:2], torch.device("cpu"))
+    assert torch.equal(second.teachers[1].memory, alone.memory)
+
+
 def distillation_step(
     config: DistillationConfig, scale: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -280,7 +367,7 @@ def distillation_step(
     batch = frames(student, 1)[0]
     out = run_batch(student, batch, None)
     task = scale * (out.class_logits.square().mean() + out.boxes.square().mean())
-    loss, logged = Distillation(teacher, "vgd", config).loss(look(teacher, batch), out, task)
+    loss, logged = Distillation([teacher], "vgd", config).loss(look(teacher, batch), out, task)
     features = [out.bev, *out.image_features]
     norms = []
     for x in (loss, task):
@@ -309,7 +396,7 @@ def test_a_setting_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match="temperature"):
         DistillationConfig(temperature=0.0)
     with pytest.raises(ConfigError, match="method 'kd'"):
-        Distillation(object(), "kd", DistillationConfig())
+        Distillation([object()], "kd", DistillationConfig())
 
 
 def test_the_weight_keeps_up_with_a_divergence_that_falls() -> None:
@@ -319,7 +406,7 @@ def test_the_weight_keeps_up_with_a_divergence_that_falls() -> None:
     noise = torch.Generator().manual_seed(1)
     start = [p.detach().clone() for p in student.parameters()]
     away = [0.02 * torch.randn(p.shape, generator=noise) for p in student.parameters()]
-    distillation = Distillation(teacher, "vgd", DistillationConfig(weighting="gradient", weight=0.25))
+    distillation = Distillation([teacher], "vgd", DistillationConfig(weighting="gradient", weight=0.25))
     for step in range(50):
         with torch.no_grad():
             for parameter, origin, distance in zip(student.parameters(), start, away, strict=True):

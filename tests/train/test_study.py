@@ -137,6 +137,33 @@ def test_no_two_processes_work_on_a_row(tmp_path: Path) -> None:
         assert again
 
 
+def test_a_row_waits_for_its_further_teachers_and_is_held_to_them(finished: Path, tmp_path: Path) -> None:
+    """They may be models of the same study: teachers that were trained on."""
+    control = str(tmp_path / "out" / "float_control_seed3" / "model.safetensors")
+    trained_on = {"method": "float_control"}
+    by_two = {"distillation": {"further_teachers": [control]}}
+    rows: list[dict[str, Any]] = [
+        {"name": "float_control", "table": "methods", "text": "", "seeds": [3, 4], "change": trained_on},
+        {"name": "ensemble", "table": "beyond", "text": "", "change": by_two},
+    ]
+    path = write_study(tmp_path, rows)
+    (tmp_path / "teacher.safetensors").write_bytes((finished / "teacher.safetensors").read_bytes())
+    study = run_module.Study(read_study(path))
+    first, _, ensemble = study.config.jobs()
+    assert run_module._waits_for_another(study, ensemble)
+    assert not run_module._waits_for_another(study, first)
+    folder = study.config.folder(first)
+    folder.mkdir(parents=True)
+    (folder / "row.json").write_text(json.dumps({"settings": study.settings(first), "row": {}}))
+    Path(control).write_bytes((finished / "teacher.safetensors").read_bytes())
+    assert not run_module._waits_for_another(study, ensemble)
+    before = study.settings(ensemble)
+    Path(control).write_bytes(b"another")
+    assert study.settings(ensemble) != before
+    Path(control).unlink()
+    assert study.settings(ensemble) != before
+
+
 def test_bit_operations_are_products_times_both_widths() -> None:
     """By hand for a convolution and a linear of the small model; 32 x 32 where nothing is on the grid."""
     variant, model = small_variant(), small_model()
