@@ -57,15 +57,21 @@ def draw_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_curves(config: StudyConfig, path: Path) -> None:
-    """The detection loss of the trained rows' first seeds; dashed lines where another part goes on the grid."""
+    """The detection loss of the trained rows' first seeds; dashed lines where another part goes on the grid.
+
+    The rows are those of CURVES, or all of a study that has other ways to train in place of the paper's.
+    """
     figure, axes = _axes(9, 5)
     marks: dict[int, str] = {}
+    named = [row.name for row in config.rows]
     for row in config.rows:
         job = Job(row, row.seeds[0])
         folder = config.folder(job)
-        if row.name not in CURVES or not (folder / "model.safetensors").is_file():
+        if ("qat" in named and row.name not in CURVES) or not (folder / "model.safetensors").is_file():
             continue
         stages = _stages(folder)
+        if not stages:  # calibration alone
+            continue
         steps, values = _curve(config, job, stages)
         window = max(1, round(SMOOTHED * len(values)))
         mean = np.convolve(values, np.full(window, 1 / window), "valid")
@@ -91,7 +97,7 @@ def draw_curves(config: StudyConfig, path: Path) -> None:
 
 def _stages(folder: Path) -> list[dict[str, Any]]:
     _, metadata = read_tensors(folder / "model.safetensors")
-    return list(metadata["provenance"]["stages"])
+    return list(metadata["provenance"].get("stages", []))
 
 
 def _curve(config: StudyConfig, job: Job, stages: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
