@@ -43,7 +43,6 @@ def make(variant: Variant, folder: Path) -> None:
     from qdbev_train.data.tables import load_scenes
     from qdbev_train.export.package import export_package
     from qdbev_train.model import build_model
-    from qdbev_train.quantization import QuantConfig, calibrate, quantise_model
 
     torch.manual_seed(0)
     model = build_model(variant).eval().requires_grad_(False)
@@ -54,12 +53,20 @@ def make(variant: Variant, folder: Path) -> None:
     *_, batch = next(iter(QueueDataset(load_scenes(*TOWN), variant, batch=1, seed=0)))
     about: dict[str, Any] = {"operations": operations(model, batch)}
     about["parameters"] = sum(p.numel() for p in model.parameters())
+    pack(model, variant, batch, folder / PACKAGE)
+    write_json(folder / ABOUT, about)
+
+
+def pack(model: Any, variant: Variant, batch: Any, path: Path) -> None:
+    """Writes the W4A6 package of a model, calibrated on one batch the fast way."""
+    from qdbev_train.export.package import export_package
+    from qdbev_train.quantization import QuantConfig, calibrate, quantise_model
+
     fast = {"weight_range": "minmax", "activation_range": "minmax", "weight_rounding": "nearest"}
     config = QuantConfig(**fast, bias_correction=False)  # type: ignore[arg-type]
     student = quantise_model(model, config).eval()
     calibrate(student, [batch], config)
-    export_package(student, variant, config, folder / PACKAGE, {"weights": "random"}, {})
-    write_json(folder / ABOUT, about)
+    export_package(student, variant, config, path, {"weights": "random"}, {})
 
 
 def unsettle(model: Any) -> None:

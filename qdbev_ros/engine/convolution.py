@@ -105,8 +105,13 @@ class MaxPool:
         _check_window(self.output, self.size, self.stride, self.padding)
 
 
+def window_fits(size: int, stride: int, padding: int) -> bool:
+    """Whether the kernel can have a square window."""
+    return 1 <= size * size <= MOST_TAPS and 0 <= padding < size and stride >= 1
+
+
 def _check_window(name: str, size: int, stride: int, padding: int) -> None:
-    if not (1 <= size * size <= MOST_TAPS and 0 <= padding < size and stride >= 1):
+    if not window_fits(size, stride, padding):
         raise PackageError(
             f"{name}: a window of {size}, stride {stride}, padding {padding} is none of our kernel's"
         )

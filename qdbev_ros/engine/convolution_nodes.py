@@ -16,12 +16,12 @@ from onnx import TensorProto, helper
 
 from qdbev_ros.engine.convolution import (
     LANES,
-    MOST_TAPS,
     PICTURE_CHANNELS,
     Convolution,
     Grid,
     MaxPool,
     Shortcut,
+    window_fits,
 )
 from qdbev_ros.engine.graph import Graph
 from qdbev_ros.engine.lowering import clip_behind
@@ -107,8 +107,7 @@ def _window(node: onnx.NodeProto, kernel: Sequence[int] = ()) -> tuple[int, int,
     if len(sides) != 2 or any(len(each) != 1 for each in numbers):
         return None
     size, stride, padding = (each.pop() for each in numbers)
-    fits = 1 <= size * size <= MOST_TAPS and stride >= 1 and 0 <= padding < size
-    return (size, stride, padding) if fits else None
+    return (size, stride, padding) if window_fits(size, stride, padding) else None
 
 
 def _read(graph: Graph, conv: onnx.NodeProto, types: Types, pictures: str | None) -> Convolution | None:

@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.packages import TOWN, unsettle
+from benchmarks.packages import TOWN, pack, unsettle
 from qdbev_ros.core.variant import Variant, load_variant
 from qdbev_ros.engine import convolution_nodes, load_package
 from qdbev_ros.engine.convolution import ConvolutionKernel
 from qdbev_ros.engine.native import KernelError
 from qdbev_train.data.queues import QueueDataset
 from qdbev_train.data.tables import load_scenes
-from qdbev_train.export.package import export_package
 from qdbev_train.model import build_model
-from qdbev_train.quantization import QuantConfig, calibrate, quantise_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter warns about constant shapes
 
@@ -55,10 +53,6 @@ def test_a_package_passes_the_gate(name: str, convolutions: int, tmp_path: Path)
     model = build_model(variant).eval().requires_grad_(False)
     unsettle(model)
     *_, batch = next(iter(QueueDataset(load_scenes(*TOWN), variant, batch=1, seed=0)))
-    fast = {"weight_range": "minmax", "activation_range": "minmax", "weight_rounding": "nearest"}
-    config = QuantConfig(**fast, bias_correction=False)  # type: ignore[arg-type]
-    student = quantise_model(model, config).eval()
-    calibrate(student, [batch], config)
-    export_package(student, variant, config, tmp_path / "w4a6.qdbev", {"weights": "random"}, {})
+    pack(model, variant, batch, tmp_path / "w4a6.qdbev")
     engine = load_package(tmp_path / "w4a6.qdbev", backend="onnxruntime", threads=1)
     assert f"{convolutions} of them by our own kernel" in engine.description
