@@ -141,11 +141,18 @@ static void point(const Shape *s, const uint8_t *x, const uint8_t *outside, int6
     for (int64_t n = 0; n < count; n++) {
         const int64_t top = row * s->stride - s->padding, left = column * s->stride - s->padding;
         const uint8_t **to = at + n;
-        for (int64_t y = top; y < top + s->rows; y++)
-            for (int64_t c = left; c < left + s->columns; c++, to += BLOCK) {
-                const int inside = y >= 0 && y < s->height && c >= 0 && c < s->width;
-                *to = inside ? image + (y * s->width + c) * s->pixel : outside;
-            }
+        const int64_t bottom = top + s->rows, right = left + s->columns;
+        if (top >= 0 && left >= 0 && bottom <= s->height && right <= s->width) { /* most of them */
+            const uint8_t *line = image + (top * s->width + left) * s->pixel;
+            for (int64_t y = 0; y < s->rows; y++, line += s->width * s->pixel)
+                for (int64_t c = 0; c < s->columns; c++, to += BLOCK)
+                    *to = line + c * s->pixel;
+        } else
+            for (int64_t y = top; y < bottom; y++)
+                for (int64_t c = left; c < right; c++, to += BLOCK) {
+                    const int inside = y >= 0 && y < s->height && c >= 0 && c < s->width;
+                    *to = inside ? image + (y * s->width + c) * s->pixel : outside;
+                }
         if (++column == s->out_width) {
             column = 0;
             if (++row == s->out_height) {

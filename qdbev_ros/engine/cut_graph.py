@@ -24,7 +24,16 @@ from qdbev_ros.engine.convolution import (
 )
 from qdbev_ros.engine.convolution_nodes import Taken, take_convolutions
 from qdbev_ros.engine.deformable import DeformableKernel
-from qdbev_ros.engine.kernel_steps import Buffers, ConvolutionStep, PoolStep, SamplingStep, Step, Values
+from qdbev_ros.engine.deformable_nodes import Attention, take_attentions
+from qdbev_ros.engine.kernel_steps import (
+    AttentionStep,
+    Buffers,
+    ConvolutionStep,
+    PoolStep,
+    SamplingStep,
+    Step,
+    Values,
+)
 from qdbev_ros.engine.lowering import fuse_linears, picture_codes
 from qdbev_ros.engine.master import OPSET
 from qdbev_ros.engine.native import KernelError
@@ -119,6 +128,7 @@ class _Kernels:
         self._sampling: DeformableKernel | None = None
         self._convolution: ConvolutionKernel | None = None
         self._taken: Taken = {}
+        self._attentions: dict[str, Attention] = {}
         self._missing = ""  # why there is no kernel for convolutions
         try:
             self._sampling = DeformableKernel(threads)
@@ -157,6 +167,8 @@ class _Kernels:
             lowered = inline_samplings(lowered)
         if self._convolution is not None:
             lowered, self._taken = take_convolutions(lowered, pictures)
+        if self._sampling is not None:
+            lowered, self._attentions = take_attentions(lowered)
         return lowered
 
     def step(self, node: onnx.NodeProto) -> Step:
@@ -168,4 +180,6 @@ class _Kernels:
                 return PoolStep(PreparedPool(own, self._convolution))
             return ConvolutionStep(PreparedConvolution(own, self._convolution))
         assert self._sampling is not None
+        if node.output[0] in self._attentions:
+            return AttentionStep(self._attentions[node.output[0]], self._sampling)
         return SamplingStep(Sampling.of(node), self._sampling)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from qdbev_ros.core.errors import EngineError
 from qdbev_ros.engine.convolution import PICTURE_CHANNELS, PreparedConvolution, PreparedPool
 from qdbev_ros.engine.deformable import DeformableKernel
+from qdbev_ros.engine.deformable_nodes import Attention
 from qdbev_ros.engine.sampling import Sampling
 
 Values = dict[str, ort.OrtValue]
@@ -69,6 +71,48 @@ class SamplingStep:
         return out
 
 
+class AttentionStep:
+    """One deformable attention between its linear layers."""
+
+    def __init__(self, attention: Attention, kernel: DeformableKernel) -> None:
+        self.output, self.inputs = attention.output, tuple(attention.inputs)
+        self._attention, self._kernel = attention, kernel
+
+    def __call__(self, values: Values, buffers: Buffers) -> ort.OrtValue:
+        """(1, outputs, channels), or (B, rows, channels) where rows are outputs."""
+        a, s = self._attention, self._attention.sampling
+        value, offsets, logits, references = (values[name] for name in self.inputs[:4])
+        if any(tensor.data_type() != "tensor(float)" for tensor in (value, offsets, logits, references)):
+            raise EngineError(f"{a.output}: the kernel samples float32 alone")
+        *raw, columns = logits.shape()
+        samples = a.maps * s.heads * len(s.sizes) * s.points
+        if columns != samples or offsets.shape() != [*raw, 2 * samples] or references.shape()[-1] != 2:
+            raise EngineError(f"{a.output}: offsets {offsets.shape()} and logits {logits.shape()} do not fit")
+        tokens = sum(height * width for height, width in s.sizes)
+        value_shape = [math.prod(value.shape()) // (tokens * s.heads * s.depth), tokens, s.heads, s.depth]
+        shape, most, summed = [*raw, s.heads * s.depth], a.maps, (None, None)
+        if a.slots:
+            slots, shares = values[a.slots], values[a.shares]
+            outputs, most = shares.shape()[-2:]
+            if math.prod(slots.shape()) != outputs * most or slots.data_type() != "tensor(int64)":
+                raise EngineError(f"{a.output}: slots {slots.shape()} for shares {shares.shape()}")
+            shape, summed = [1, outputs, s.heads * s.depth], (slots.data_ptr(), shares.data_ptr())
+        out = buffers.take(a.output, shape, np.float32)
+        given = (tensor.data_ptr() for tensor in (value, offsets, logits, references))
+        places = math.prod(references.shape()[:-1])
+        self._kernel.attend(
+            (*given, *summed, out.data_ptr()),
+            value_shape,
+            math.prod(raw),
+            places,
+            math.prod(shape[:-1]),
+            most,
+            s.points,
+            s.sizes,
+        )
+        return out
+
+
 class ConvolutionStep:
     """One convolution on codes, channels last, or on planes of pictures; with the shortcut behind it."""
 
@@ -121,4 +165,4 @@ def _require_bytes(output: str, codes: ort.OrtValue) -> None:
         raise EngineError(f"{output}: the kernel reads maps of bytes alone, not {codes.data_type()}")
 
 
-Step = SamplingStep | ConvolutionStep | PoolStep
+Step = SamplingStep | AttentionStep | ConvolutionStep | PoolStep

@@ -235,7 +235,7 @@ def _fold_division(graph: Graph, linear: onnx.NodeProto) -> None:
 def _keeps_pairs(graph: Graph, node: onnx.NodeProto) -> bool:
     """The node makes pairs of a layer's columns, or leaves pairs as they are."""
     if node.op_type == "Reshape":
-        return _last_of(graph, node.input[1]) == 2
+        return side_of(graph, node.input[1], -1) == 2
     attributes = {a.name: a for a in node.attribute}
     if node.op_type == "Transpose":
         perm = list(attributes["perm"].ints)
@@ -243,12 +243,12 @@ def _keeps_pairs(graph: Graph, node: onnx.NodeProto) -> bool:
     return node.op_type == "Cast" and attributes["to"].i == TensorProto.FLOAT
 
 
-def _last_of(graph: Graph, shape: str) -> int | None:
-    """The last number of a shape, which may be put together from parts; None where it isn't known."""
+def side_of(graph: Graph, shape: str, index: int) -> int | None:
+    """One number of a shape, which may be put together from single ones; None where it isn't known."""
     node = graph.producer(shape)
     if node is not None and node.op_type == "Concat":
-        return _last_of(graph, node.input[-1])
-    return int(graph.constant(shape).reshape(-1)[-1]) if graph.is_constant(shape) else None
+        return side_of(graph, node.input[index], 0)
+    return int(graph.constant(shape).reshape(-1)[index]) if graph.is_constant(shape) else None
 
 
 def quantised_convolutions(model: onnx.ModelProto) -> list[str]:

@@ -24,6 +24,8 @@ from qdbev_ros.engine.cache import cache_folder, cpu_name, keep, sha256
 COMPILERS = ("cc", "gcc", "clang")
 # Apple's clang for ARM knows -mcpu only; no compiler knows neither.
 _TUNINGS = ("-march=native", "-mcpu=native")
+# Nobody asks for traps or errno; compilers that must keep them leave loops with conditions in them as they are.
+_FLAGS = ("-O3", "-fno-trapping-math", "-fno-math-errno")
 _TIMEOUT_S = 60
 
 
@@ -59,7 +61,7 @@ def load(name: str) -> tuple[ctypes.CDLL, str]:
     folder, said = cache_folder(), []
     for compiler in _compilers():
         try:
-            seen = sha256("\0".join((source.read_text(), *compiler, cpu_name())).encode())[:16]
+            seen = sha256("\0".join((source.read_text(), *compiler, *_FLAGS, cpu_name())).encode())[:16]
             for kept in folder.glob(f"{name}-{seen}-*.so") if folder else ():
                 with suppress(OSError):  # also where nothing in the folder may be run
                     digest = sha256(kept.read_bytes())
@@ -99,7 +101,7 @@ def _build(compiler: Sequence[str], source: Path, folder: Path | None, seen: str
 def _compile(compiler: Sequence[str], source: Path, made: Path) -> None:
     said = ""
     for tuning in _TUNINGS:
-        command = [*compiler, "-O3", tuning, "-shared", "-fPIC", str(source), "-o", str(made), "-lm"]
+        command = [*compiler, *_FLAGS, tuning, "-shared", "-fPIC", str(source), "-o", str(made), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:

@@ -17,6 +17,8 @@ from qdbev_ros.engine.lowering import quantised_convolutions
 
 # ONNX Runtime's own messages: errors only; its advice on threads and saved graphs is not the user's business.
 _LOG_ERRORS = 3
+# Its sum and LayerNormalization in one take three times as long as one after the other.
+_SLOWER = ["SkipLayerNormFusion"]
 
 
 def open_session(model: onnx.ModelProto, threads: int | None) -> tuple[ort.InferenceSession, onnx.ModelProto]:
@@ -27,7 +29,10 @@ def open_session(model: onnx.ModelProto, threads: int | None) -> tuple[ort.Infer
         options.optimized_model_filepath = str(optimised)
         try:
             session = ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                model.SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=_SLOWER,
             )
         except Exception as error:  # ONNX Runtime raises a dozen types of its own, without a common base
             raise EngineError(
