@@ -194,6 +194,18 @@ void qdbev_convolution(const Shape *s, const uint8_t *x, const int8_t *weights, 
     }
 }
 
+/* Two of them, the second one 1x1 on the pixels of the first one, which it finds in the cache. */
+void qdbev_chain(const Shape *s, const uint8_t *x, const int8_t *weights, const int32_t *start, const float *factors,
+                 const uint8_t *other, uint8_t *out, const Shape *t, const int8_t *weights2, const int32_t *start2,
+                 const float *factors2, uint8_t *out2, uint8_t *scratch, int64_t first, int64_t last)
+{
+    for (int64_t from = first; from < last; from += BLOCK) {
+        const int64_t to = last - from < BLOCK ? last : from + BLOCK;
+        qdbev_convolution(s, x, weights, start, factors, other, out, scratch, from, to);
+        qdbev_convolution(t, out, weights2, start2, factors2, 0, out2, scratch, from, to);
+    }
+}
+
 /* B' d B of one tile, 64 channels at once. Sums of codes are kept modulo 256, in which they fit once 128 is added. */
 static void transform_tile(const Shape *s, const uint8_t *image, int64_t top, int64_t left, int64_t channel,
                            uint8_t *to, int64_t spot_stride)

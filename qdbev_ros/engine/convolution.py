@@ -26,7 +26,11 @@ _PIXEL = 4  # bytes of such a picture's pixel, and what inputs divide by
 _EXACT = ((0, 0), (128, 96))  # code of zero and lowest code, of codes that Winograd's way can have
 _MOST_SUM = 252  # of four codes, counted from the lowest: 128 must fit on top of their differences
 _TWICE_G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.int32)
+_CHAINED = 640_000  # bytes of two convolutions' weights that stay in the second cache from block to block
 _SPOTS, _SUM_SPOT = 16, 5  # of a transformed tile; the one that is the sum of four codes
+
+# Of the functions, with the scratch of those that take any.
+_ARGUMENTS = {"convolution": 8, "chain": 13, "winograd": 8, "max_pool": 3, "pack_pixels": 3}
 
 Sides = tuple[int, int, int, int]  # images, height, width, channels
 
@@ -147,7 +151,7 @@ class ConvolutionKernel:
         if not library.qdbev_convolution_runs():
             raise KernelError("this processor has no AVX-512 VNNI")
         self._library = library
-        for name, arguments in (("convolution", 8), ("winograd", 8), ("max_pool", 3), ("pack_pixels", 3)):
+        for name, arguments in _ARGUMENTS.items():
             function = getattr(library, f"qdbev_{name}")
             function.argtypes = [ctypes.c_void_p] * arguments + [ctypes.c_int64] * 2
             function.restype = None
@@ -156,19 +160,21 @@ class ConvolutionKernel:
         self._team = Team(threads, "convolution")
         self._scratch = [np.empty(0, np.uint8) for _ in range(self._team.threads)]
 
-    def run(self, name: str, shape: _Shape, rows: int, *buffers: int | None) -> None:
+    def run(self, name: str, rows: int, *arguments: _Shape | int | None) -> None:
         """One of the functions on all threads, each with scratch of its own where the function takes any."""
         function = getattr(self._library, f"qdbev_{name}")
-        if name not in ("convolution", "winograd"):
-            self._team.share(rows, lambda _, *share: function(ctypes.byref(shape), *buffers, *share))
+        shapes = [argument for argument in arguments if isinstance(argument, _Shape)]
+        given = [ctypes.byref(a) if isinstance(a, _Shape) else a for a in arguments]
+        if len(given) == _ARGUMENTS[name]:
+            self._team.share(rows, lambda _, *share: function(*given, *share))
             return
-        needed = getattr(self._library, f"qdbev_{name}_scratch")(ctypes.byref(shape))
+        kind = "winograd" if name == "winograd" else "convolution"
+        needed = max(getattr(self._library, f"qdbev_{kind}_scratch")(ctypes.byref(shape)) for shape in shapes)
 
         def work(thread: int, first: int, last: int) -> None:
             if self._scratch[thread].size < needed:
                 self._scratch[thread] = np.empty(needed, np.uint8)
-            scratch = self._scratch[thread].ctypes.data
-            function(ctypes.byref(shape), *buffers, scratch, first, last)
+            function(*given, self._scratch[thread].ctypes.data, first, last)
 
         self._team.share(rows, work)
 
@@ -194,8 +200,44 @@ class PreparedConvolution:
 
     def __call__(self, source: int, sides: Sides, target: int, shortcut: int | None = None) -> None:
         """From the codes at one address, with these sides, to those at another; the shortcut's lie as these do."""
-        c, kernel = self.convolution, self._kernel
-        images, high, wide, outputs = self.sides(sides)
+        images, high, wide, _ = self.sides(sides)
+        shape = self._shape(sides)
+        given = [array.ctypes.data for array in self._arrays]
+        if self._winograd:
+            tiles = images * -(-high // 2) * -(-wide // 2)
+            self._kernel.run("winograd", tiles, shape, source, *given, target)
+            return
+        if self._pictures:
+            source = self._pack(source, shape)
+        self._kernel.run("convolution", images * high * wide, shape, source, *given, shortcut, target)
+
+    def followed_by(self, other: PreparedConvolution) -> bool:
+        """Whether `before` is open to the two."""
+        c, size = other.convolution, sum(p.convolution.weights.size for p in (self, other))
+        plain = not (self._winograd or self._pictures or c.shortcut)
+        window = (other._size, c.stride, c.padding)
+        return plain and c.codes == self.convolution.output and window == (1, 1, 0) and size <= _CHAINED
+
+    def before(
+        self,
+        other: PreparedConvolution,
+        source: int,
+        sides: Sides,
+        target: int,
+        shortcut: int | None,
+        behind: int,
+    ) -> None:
+        """As a call, and at once the 1x1 convolution of the result, to the address `behind`."""
+        made = self.sides(sides)
+        first, second = ([array.ctypes.data for array in prepared._arrays] for prepared in (self, other))
+        shapes = self._shape(sides), other._shape(made)
+        other.sides(made)
+        rows, kernel = made[0] * made[1] * made[2], self._kernel
+        kernel.run("chain", rows, shapes[0], source, *first, shortcut, target, shapes[1], *second, behind)
+
+    def _shape(self, sides: Sides) -> _Shape:
+        c = self.convolution
+        _, high, wide, outputs = self.sides(sides)
         shape = _Shape(
             *sides[:3],
             self._inputs,
@@ -215,20 +257,14 @@ class PreparedConvolution:
             shape.other_zero, shape.own_factor = c.shortcut.zero, c.shortcut.own_factor
             shape.other_factor = c.shortcut.factor
             shape.sum_zero, shape.sum_low, shape.sum_high = _numbers(c.shortcut.grid)
-        given = [array.ctypes.data for array in self._arrays]
-        if self._winograd:
-            kernel.run("winograd", shape, images * -(-high // 2) * -(-wide // 2), source, *given, target)
-            return
-        if self._pictures:
-            source = self._pack(source, shape)
-        kernel.run("convolution", shape, images * high * wide, source, *given, shortcut, target)
+        return shape
 
     def _pack(self, planes: int, shape: _Shape) -> int:
         """The address of pictures as pixels with their border; a row of the kernel is a single tap of these."""
         high, wide = shape.height + 2 * shape.padding, shape.width + 2 * shape.padding
         if self._pixels.size != shape.images * high * wide:
             self._pixels = np.empty(shape.images * high * wide, np.uint32)
-        self._kernel.run("pack_pixels", shape, shape.images * high, planes, self._pixels.ctypes.data)
+        self._kernel.run("pack_pixels", shape.images * high, shape, planes, self._pixels.ctypes.data)
         shape.height, shape.width, shape.padding = high, wide, 0
         shape.pixel, shape.inputs, shape.columns = _PIXEL, _PIXEL * self._size, 1
         return self._pixels.ctypes.data
@@ -284,7 +320,7 @@ class PreparedPool:
         p, (images, high, wide, channels) = self.pool, self.sides(sides)
         taps = p.size, p.size, p.stride, p.padding
         shape = _Shape(*sides[:3], channels, channels, *taps, high, wide, channels)
-        self._kernel.run("max_pool", shape, images * high * wide, source, target)
+        self._kernel.run("max_pool", images * high * wide, shape, source, target)
 
 
 def _places(side: int, size: int, stride: int, padding: int) -> int:

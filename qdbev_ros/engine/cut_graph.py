@@ -33,6 +33,7 @@ from qdbev_ros.engine.kernel_steps import (
     SamplingStep,
     Step,
     Values,
+    chained,
 )
 from qdbev_ros.engine.lowering import fuse_linears, picture_codes
 from qdbev_ros.engine.master import OPSET
@@ -95,7 +96,7 @@ class _Part:
     """One session, or none, and the kernels behind it, on a dictionary of tensors that all parts share."""
 
     def __init__(self, session: ort.InferenceSession | None, steps: Sequence[Step]) -> None:
-        self._session, self.steps = session, steps
+        self._session, self.steps = session, chained(steps)
         self.inputs = [i.name for i in session.get_inputs()] if session else []
         self._outputs = [o.name for o in session.get_outputs()] if session else []
 
@@ -108,12 +109,10 @@ class _Part:
 
 
 def _read_last(parts: Sequence[_Part]) -> dict[str, list[str]]:
-    """Output of a kernel -> the results of other kernels that nobody reads behind it; no session reads these."""
-    steps = [step for part in parts for step in part.steps]
-    readers = {name: step.output for step in steps for name in step.inputs}
-    inner = {step.output for step in steps} - {name for part in parts for name in part.inputs}
+    """Output of a kernel -> the tensors that nobody reads behind it; no session reads these."""
+    readers = {name: step.output for part in parts for step in part.steps for name in step.inputs}
     found: dict[str, list[str]] = {}
-    for name in inner.intersection(readers):
+    for name in set(readers) - {name for part in parts for name in part.inputs}:
         found.setdefault(readers[name], []).append(name)
     return found
 

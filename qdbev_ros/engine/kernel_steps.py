@@ -118,19 +118,27 @@ class ConvolutionStep:
 
     def __init__(self, prepared: PreparedConvolution) -> None:
         c = prepared.convolution
-        self.output, self._prepared = c.output, prepared
+        self.output, self.prepared = c.output, prepared
         self.inputs = (c.codes,) if c.shortcut is None else (c.codes, c.shortcut.codes)
 
     def __call__(self, values: Values, buffers: Buffers) -> ort.OrtValue:
         """The codes of the result, (images, height, width, outputs)."""
-        c = self._prepared.convolution
+        source, sides, shortcut, out = self.tensors(values, buffers)
+        self.prepared(source, sides, out.data_ptr(), shortcut)
+        return out
+
+    def tensors(
+        self, values: Values, buffers: Buffers
+    ) -> tuple[int, tuple[int, int, int, int], int | None, ort.OrtValue]:
+        """(address and sides of the codes, address of the shortcut's, room for the result)."""
+        c = self.prepared.convolution
         codes = values[c.codes]
         _require_bytes(self.output, codes)
         images, height, width, inputs = codes.shape()
         if c.weights.shape[1] == PICTURE_CHANNELS:
             height, width, inputs = width, inputs, height
         sides = images, height, width, inputs
-        out = buffers.take(self.output, self._prepared.sides(sides), np.uint8)
+        out = buffers.take(self.output, self.prepared.sides(sides), np.uint8)
         shortcut = None
         if c.shortcut is not None:
             other = values[c.shortcut.codes]
@@ -138,8 +146,40 @@ class ConvolutionStep:
             if other.shape() != out.shape():
                 raise EngineError(f"{self.output}: a shortcut of {other.shape()} for {out.shape()}")
             shortcut = other.data_ptr()
-        self._prepared(codes.data_ptr(), sides, out.data_ptr(), shortcut)
+        return codes.data_ptr(), sides, shortcut, out
+
+
+class ChainStep:
+    """Two convolutions, the second one of the first one's pixels, block by block. Its own result is the second's."""
+
+    def __init__(self, first: ConvolutionStep, second: ConvolutionStep) -> None:
+        self.output, self.inputs = second.output, (*first.inputs, *second.inputs)
+        self.first, self._second = first, second
+
+    def __call__(self, values: Values, buffers: Buffers) -> ort.OrtValue:
+        """The codes of the second one's result; the first one's are put among the values."""
+        source, sides, shortcut, between = self.first.tensors(values, buffers)
+        values[self.first.output] = between
+        *_, out = self._second.tensors(values, buffers)
+        before, other = self.first.prepared, self._second.prepared
+        before.before(other, source, sides, between.data_ptr(), shortcut, out.data_ptr())
         return out
+
+
+def chained(steps: Sequence[Step]) -> list[Step]:
+    """The steps, with pairs of convolutions in one where that can be."""
+    made: list[Step] = []
+    for step in steps:
+        last = made[-1] if made else None
+        if (
+            isinstance(last, ConvolutionStep)
+            and isinstance(step, ConvolutionStep)
+            and last.prepared.followed_by(step.prepared)
+        ):
+            made[-1] = ChainStep(last, step)
+        else:
+            made.append(step)
+    return made
 
 
 class PoolStep:
@@ -165,4 +205,4 @@ def _require_bytes(output: str, codes: ort.OrtValue) -> None:
         raise EngineError(f"{output}: the kernel reads maps of bytes alone, not {codes.data_type()}")
 
 
-Step = SamplingStep | AttentionStep | ConvolutionStep | PoolStep
+Step = SamplingStep | AttentionStep | ConvolutionStep | ChainStep | PoolStep

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 from qdbev_ros.engine.cache import cache_folder, cpu_name, keep, sha256
@@ -27,6 +26,7 @@ _TUNINGS = ("-march=native", "-mcpu=native")
 # Nobody asks for traps or errno; compilers that must keep them leave loops with conditions in them as they are.
 _FLAGS = ("-O3", "-fno-trapping-math", "-fno-math-errno")
 _TIMEOUT_S = 60
+_GRAIN = 48  # rows that kernels work on at a time
 
 
 class KernelError(Exception):
@@ -42,13 +42,28 @@ class Team:
         self._pool = ThreadPoolExecutor(self.threads - 1, name) if self.threads > 1 else None
 
     def share(self, rows: int, work: Callable[[int, int, int], object]) -> None:
-        """work(thread, first, last) for every thread's share of the rows first <= row < last."""
-        bounds = [rows * i // self.threads for i in range(self.threads + 1)]
-        own, *shares = pairwise(bounds)
-        others = [self._pool.submit(work, i, *share) for i, share in enumerate(shares, 1) if self._pool]
-        work(0, *own)
+        """work(thread, first, last) for parts of the rows first <= row < last, each thread's one after the other."""
+        parts = iter(_parts(rows, self.threads))
+
+        def run(thread: int) -> None:
+            for first, last in parts:  # what one thread takes no other one does
+                work(thread, first, last)
+
+        others = [self._pool.submit(run, i) for i in range(1, self.threads) if self._pool]
+        run(0)
         for other in others:
             other.result()
+
+
+def _parts(rows: int, threads: int) -> list[tuple[int, int]]:
+    """Large parts first, so that there are few; small ones at last, so that nobody waits long for another thread."""
+    found, first = list[tuple[int, int]](), 0
+    while first < rows:
+        fair = (rows - first) // (2 * threads) if threads > 1 else rows
+        size = max(_GRAIN, fair // _GRAIN * _GRAIN)
+        found.append((first, min(first + size, rows)))
+        first += size
+    return found
 
 
 def load(name: str) -> tuple[ctypes.CDLL, str]:
