@@ -84,6 +84,16 @@ def test_tiny_gets_rgb_with_imagenet_statistics_and_zero_padding() -> None:
     assert not out[:, 450:].any()
 
 
+@pytest.mark.parametrize(("width", "height", "channels"), [(1600, 900, 3), (34, 218, 3), (12, 6, 4)])
+def test_a_picture_that_is_halved_in_strips_is_the_whole_one_halved(
+    width: int, height: int, channels: int
+) -> None:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, channels)).astype(np.uint8)
+    spec = replace(TINY, width=width // 2, height=height // 2)
+    whole = cv2.resize(pixels.astype(np.float32), (spec.width, spec.height), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(resize_picture(pixels, spec), whole)
+
+
 def test_resizing_before_normalising_gives_what_bevformer_gets_the_other_way_round(real_frames: Any) -> None:
     picture = decode_picture(real_frames[0].cameras[0].read(), 1600, 900, SMALL)
     normalised = picture.astype(np.float32) - np.array(SMALL.mean, np.float32)
