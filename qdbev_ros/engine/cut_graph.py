@@ -28,6 +28,7 @@ from qdbev_ros.engine.deformable_nodes import Attention, take_attentions
 from qdbev_ros.engine.kernel_steps import (
     AttentionStep,
     Buffers,
+    ChainStep,
     ConvolutionStep,
     PoolStep,
     SamplingStep,
@@ -68,6 +69,7 @@ class CutGraph:
             self._part(stage.model, [kernels.step(node) for node in stage.behind]) for stage in cut(lowered)
         ]
         self._buffers, self._read_last = Buffers(), _read_last(self._parts)
+        self._let_overwrite()
         self.description = (
             f"{self._integer + kernels.convolutions} int8 convolutions{kernels.share}, {kernels.sampling}"
         )
@@ -82,6 +84,14 @@ class CutGraph:
                 values[step.output] = step(values, self._buffers)
                 for name in self._read_last.get(step.output, ()):
                     self._buffers.give(name)
+
+    def _let_overwrite(self) -> None:
+        """Tells the convolutions behind which nobody reads their shortcut."""
+        for step in (step for part in self._parts for step in part.steps):
+            own = step.first if isinstance(step, ChainStep) else step
+            if isinstance(own, ConvolutionStep) and own.prepared.convolution.shortcut is not None:
+                shortcut = own.prepared.convolution.shortcut.codes
+                own.overwrites = shortcut in self._read_last.get(step.output, ())
 
     def _part(self, model: onnx.ModelProto | None, steps: Sequence[Step] = ()) -> _Part:
         if model is None:

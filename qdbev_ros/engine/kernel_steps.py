@@ -44,6 +44,12 @@ class Buffers:
         """Bytes that are held."""
         return sum(buffer.size for buffer in (*self._free, *self._used.values()))
 
+    def rename(self, name: str, new: str) -> None:
+        """Lets a tensor have the room of another one that nobody reads any more; of one that isn't here, none."""
+        if name in self._used:
+            self.give(new)
+            self._used[new] = self._used.pop(name)
+
     def give(self, name: str) -> None:
         """Takes the room of the tensor back; of one that isn't here, none."""
         if name in self._used:
@@ -114,11 +120,14 @@ class AttentionStep:
 
 
 class ConvolutionStep:
-    """One convolution on codes, channels last, or on planes of pictures; with the shortcut behind it."""
+    """One convolution on codes, channels last, or on planes of pictures; with the shortcut behind it.
+
+    overwrites: the result may lie where the shortcut was, whose pixels are read before; less memory moves then
+    """
 
     def __init__(self, prepared: PreparedConvolution) -> None:
         c = prepared.convolution
-        self.output, self.prepared = c.output, prepared
+        self.output, self.prepared, self.overwrites = c.output, prepared, False
         self.inputs = (c.codes,) if c.shortcut is None else (c.codes, c.shortcut.codes)
 
     def __call__(self, values: Values, buffers: Buffers) -> ort.OrtValue:
@@ -138,14 +147,16 @@ class ConvolutionStep:
         if c.weights.shape[1] == PICTURE_CHANNELS:
             height, width, inputs = width, inputs, height
         sides = images, height, width, inputs
-        out = buffers.take(self.output, self.prepared.sides(sides), np.uint8)
-        shortcut = None
+        made, shortcut = self.prepared.sides(sides), None
         if c.shortcut is not None:
             other = values[c.shortcut.codes]
             _require_bytes(self.output, other)
-            if other.shape() != out.shape():
-                raise EngineError(f"{self.output}: a shortcut of {other.shape()} for {out.shape()}")
+            if other.shape() != list(made):
+                raise EngineError(f"{self.output}: a shortcut of {other.shape()} for {list(made)}")
             shortcut = other.data_ptr()
+            if self.overwrites:
+                buffers.rename(c.shortcut.codes, self.output)
+        out = buffers.take(self.output, made, np.uint8)
         return codes.data_ptr(), sides, shortcut, out
 
 
