@@ -25,7 +25,8 @@ import sys
 
 from {module} import {function}
 
-sys.exit({function}())
+if __name__ == "__main__":  # processes that a program spawns import it
+    sys.exit({function}())
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -56,6 +57,15 @@ def test_linked_program_runs_with_arguments_and_exit_code(checkout: Path, venv: 
             [program, "a", "b c"], env=environment, capture_output=True, text=True, check=False
         )
         assert (done.stdout, done.returncode) == ("hello a b c\n", 3)
+
+
+def test_a_linked_program_may_start_processes_that_import_it(
+    checkout: Path, venv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `spawn` does: scenes are made side by side."""
+    monkeypatch.syspath_prepend(str(checkout))
+    link_project.link_project(checkout, venv, venv / "site-packages")
+    runpy.run_path(str(venv / "bin" / "hello_node"), run_name="__mp_main__")  # a program that ran would exit
 
 
 def test_linked_checkout_is_a_ros_prefix_that_follows_edits(checkout: Path, venv: Path) -> None:
