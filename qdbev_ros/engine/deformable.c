@@ -63,7 +63,8 @@ static void find_corners(const Maps *restrict maps, int count, int32_t stride, S
         /* Also turns away what is no number. */
         const float any_x = s->x[i], any_y = s->y[i], any_weight = s->weight[i];
         const int inside = (any_x > -1.0f) & (any_y > -1.0f) & (any_x < (float)width) & (any_y < (float)height);
-        const float x = inside ? any_x : 0.0f, y = inside ? any_y : 0.0f, weight = inside ? any_weight : 0.0f;
+        /* A weight that is no number stays none, wherever its sample is. */
+        const float x = inside ? any_x : 0.0f, y = inside ? any_y : 0.0f, weight = any_weight * (inside ? 1.0f : 0.0f);
         const float left = floorf(x), top = floorf(y);
         const int32_t x0 = (int32_t)left, y0 = (int32_t)top, x1 = x0 + 1, y1 = y0 + 1;
         /* Corners outside count nothing; they read the pixel beside them. */
@@ -139,8 +140,9 @@ void qdbev_deformable(const Shape *s, const int32_t *sizes, const float *value, 
 /* e^x for x <= 0, within two units of the last place: a power of two times a polynomial on half a one around. */
 INLINE float exponential(float x)
 {
+    /* What is no number passes the first line, and so on to the result, but has no power of two. */
     x = x < -87.0f ? -87.0f : x;
-    const float n = rintf(x * 1.44269504f);
+    const float n = rintf((x > -87.0f ? x : -87.0f) * 1.44269504f);
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;

@@ -80,16 +80,18 @@ class DeformableKernel:
         """Samples as the linear layers of an attention say it, and sums them up.
 
         buffers: addresses of contiguous arrays: value, offsets, logits, references, slots and shares or None, and the
-        result (outputs, heads * depth), as deformable.c describes them · value_shape (B, S, heads, depth) · raw_rows:
-        of offsets and logits; without slots there are as many outputs, each the mean of the `most` maps that a raw row
-        speaks of, with slots raw rows speak of one map · references: how many places there are, which is a multiple of
-        the number of rows · most: rows that an output is made of · points of a level and head · sizes (height, width).
+        result (outputs, heads * depth), as deformable.c describes them; slots are int64, all others float32 ·
+        value_shape (B, S, heads, depth) · raw_rows: of offsets and logits; without slots there are as many outputs,
+        each the mean of the `most` maps that a raw row speaks of, which are one or those of the whole batch, with slots
+        raw rows speak of one map · references: how many places there are, one or several for each row · most: rows that
+        an output is made of · points of a level and head · sizes (height, width).
         Raises EngineError where these do not fit each other.
         """
         batch, tokens, heads, depth = value_shape
         maps = most if buffers[4] is None else 1
         rows = raw_rows * maps
-        fits = rows > 0 and most > 0 and rows % batch == 0 and references > 0 and references % rows == 0
+        fits = min(rows, most, batch, references) > 0 and rows % batch == 0 and references % rows == 0
+        fits = fits and points % (references // rows) == 0 and maps in (1, batch)
         if not fits or (buffers[4] is None and outputs != raw_rows) or not _fits(value_shape, points, sizes):
             raise EngineError(
                 f"value {list(value_shape)}, {raw_rows} rows on {maps} maps, {references} places, {outputs} results of "

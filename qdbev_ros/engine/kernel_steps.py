@@ -87,31 +87,37 @@ class AttentionStep:
     def __call__(self, values: Values, buffers: Buffers) -> ort.OrtValue:
         """(1, outputs, channels), or (B, rows, channels) where rows are outputs."""
         a, s = self._attention, self._attention.sampling
-        value, offsets, logits, references = (values[name] for name in self.inputs[:4])
-        if any(tensor.data_type() != "tensor(float)" for tensor in (value, offsets, logits, references)):
+        given = [values[name] for name in self.inputs]
+        floats = [values[name] for name in self.inputs if name != a.slots]
+        if any(tensor.data_type() != "tensor(float)" for tensor in floats):
             raise EngineError(f"{a.output}: the kernel samples float32 alone")
-        *raw, columns = logits.shape()
-        samples = a.maps * s.heads * len(s.sizes) * s.points
-        if columns != samples or offsets.shape() != [*raw, 2 * samples] or references.shape()[-1] != 2:
-            raise EngineError(f"{a.output}: offsets {offsets.shape()} and logits {logits.shape()} do not fit")
-        tokens = sum(height * width for height, width in s.sizes)
-        value_shape = [math.prod(value.shape()) // (tokens * s.heads * s.depth), tokens, s.heads, s.depth]
-        shape, most, summed = [*raw, s.heads * s.depth], a.maps, (None, None)
+        value, offsets, logits, references = (list(tensor.shape()) for tensor in given[:4])
+        raw, samples = logits[:-1], a.maps * s.heads * len(s.sizes) * s.points
+        rows = raw if a.maps == 1 else [*raw[:1], a.maps, *raw[1:]]
+        value_shape = [math.prod(rows[:-1]), sum(h * w for h, w in s.sizes), s.heads, s.depth]
+        fits = len(raw) == 2 and logits[-1] == samples and offsets == [*raw, 2 * samples]
+        fits = fits and references[: len(rows)] == rows and references[len(rows) :][-1:] == [2]
+        if not fits or math.prod(value) != math.prod(value_shape):
+            raise EngineError(
+                f"{a.output}: value {value}, offsets {offsets}, logits {logits} and places {references} do not fit"
+            )
+        outputs, most, summed = raw, a.maps, (None, None)
         if a.slots:
-            slots, shares = values[a.slots], values[a.shares]
-            outputs, most = shares.shape()[-2:]
-            if math.prod(slots.shape()) != outputs * most or slots.data_type() != "tensor(int64)":
-                raise EngineError(f"{a.output}: slots {slots.shape()} for shares {shares.shape()}")
-            shape, summed = [1, outputs, s.heads * s.depth], (slots.data_ptr(), shares.data_ptr())
-        out = buffers.take(a.output, shape, np.float32)
-        given = (tensor.data_ptr() for tensor in (value, offsets, logits, references))
-        places = math.prod(references.shape()[:-1])
+            slots, shares = given[4:]
+            *outputs, most = shares.shape()
+            known = slots.data_type() == "tensor(int64)" and math.prod(slots.shape()) == math.prod(
+                shares.shape()
+            )
+            if not known or len(outputs) != 2 or outputs[0] != 1:
+                raise EngineError(f"{a.output}: slots {slots.shape()} and shares {shares.shape()} do not fit")
+            summed = slots.data_ptr(), shares.data_ptr()
+        out = buffers.take(a.output, [*outputs, s.heads * s.depth], np.float32)
         self._kernel.attend(
-            (*given, *summed, out.data_ptr()),
+            (*(tensor.data_ptr() for tensor in given[:4]), *summed, out.data_ptr()),
             value_shape,
             math.prod(raw),
-            places,
-            math.prod(shape[:-1]),
+            math.prod(references[:-1]),
+            math.prod(outputs),
             most,
             s.points,
             s.sizes,
