@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto
@@ -16,6 +17,7 @@ from onnx import TensorProto
 from qdbev_ros.core.errors import ConfigError
 from qdbev_ros.engine import cut_graph, load_package, read_package
 from qdbev_ros.engine.attention import fuse_attention
+from qdbev_ros.engine.deformable_nodes import take_attentions
 from qdbev_ros.engine.graph import Graph, unpack_int4
 from qdbev_ros.engine.lowering import fuse_linears, lower_u8
 from qdbev_ros.engine.master import OPSET
@@ -32,6 +34,7 @@ from qdbev_train.quantization.layers import QuantisedConv2d
 from tests.model_samples import can_bus, rig
 from tests.quantisation_samples import frames, small_model, small_variant
 from tests.unit.test_lowering import plain_session
+from tests.unit.test_sampling import needs_compiler
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
@@ -112,6 +115,31 @@ def test_the_engine_agrees_with_the_model_over_a_drive(student: BEVFormer, packa
         ):
             error = np.sqrt(np.square(got - wanted.numpy()).mean())
             assert error < 0.15 * float(wanted.std())
+
+
+@needs_compiler
+def test_every_deformable_attention_is_taken_into_the_kernel(student: BEVFormer, master: bytes) -> None:
+    """Two encoder layers on two levels of maps."""
+    spec = student.variant.transformer
+    _, attentions = take_attentions(lower_u8(master))
+    kinds = [(attention.maps, bool(attention.slots)) for attention in attentions.values()]
+    assert kinds == [(2, False), (1, True)] * spec.encoder_layers + [(1, False)] * spec.decoder_layers
+
+
+@needs_compiler
+@pytest.mark.parametrize("cameras", [6, 2])
+@torch.no_grad()
+def test_in_float_the_graph_in_parts_computes_what_the_whole_one_computes(cameras: int) -> None:
+    model = small_model()
+    whole, inputs = lower_u8(export_master(model, small_variant())), tensors(model, cameras)
+    session = plain_session(whole.SerializeToString())
+    names = {i.name for i in session.get_inputs()}
+    feeds = {n: t.numpy() for n, t in zip(INPUTS, inputs, strict=True) if n in names}
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+    graph = cut_graph.CutGraph(whole, 2)
+    graph.run(values)
+    for output, wanted in zip(session.get_outputs(), session.run(None, feeds), strict=True):
+        np.testing.assert_allclose(values[output.name].numpy(), wanted, atol=2e-4 * np.abs(wanted).max())
 
 
 def test_without_a_compiler_the_engine_samples_by_grid_sample_and_says_so(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole packages of ResNets through our convolution kernel: BEVFormer's three variants, small.
+"""Whole packages of ResNets through our own kernels: BEVFormer's three variants, small.
 
-Deformable convolutions, several feature maps and their sums lie between the convolutions of small and base.
+Deformable convolutions, several feature maps and their sums lie between the convolutions of small and base, and their
+attention looks at several levels of maps.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import torch
 
 from benchmarks.packages import TOWN, pack, unsettle
 from qdbev_ros.core.variant import Variant, load_variant
-from qdbev_ros.engine import convolution_nodes, load_package
+from qdbev_ros.engine import convolution_nodes, load_package, read_package
 from qdbev_ros.engine.convolution import ConvolutionKernel
+from qdbev_ros.engine.convolution_nodes import take_convolutions
+from qdbev_ros.engine.deformable_nodes import take_attentions
+from qdbev_ros.engine.lowering import lower_u8
 from qdbev_ros.engine.native import KernelError
 from qdbev_train.data.queues import QueueDataset
 from qdbev_train.data.tables import load_scenes
@@ -56,3 +60,6 @@ def test_a_package_passes_the_gate(name: str, convolutions: int, tmp_path: Path)
     pack(model, variant, batch, tmp_path / "w4a6.qdbev")
     engine = load_package(tmp_path / "w4a6.qdbev", backend="onnxruntime", threads=1)
     assert f"{convolutions} of them by our own kernel" in engine.description
+    lowered = lower_u8(read_package(tmp_path / "w4a6.qdbev").model)
+    _, attentions = take_attentions(take_convolutions(lowered, None)[0])
+    assert [(a.maps, bool(a.slots)) for a in attentions.values()] == [(2, False), (1, True), (1, False)]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -20,18 +19,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.attention_graph import Arrays, Shape, attention_graph, feeds
 from qdbev_ros.core.errors import EngineError
-from qdbev_ros.engine import native, read_package
+from qdbev_ros.engine import read_package
 from qdbev_ros.engine.cut_graph import CutGraph
 from qdbev_ros.engine.deformable import DeformableKernel
 from qdbev_ros.engine.deformable_nodes import ATTENTION, Attention, take_attentions
 from qdbev_ros.engine.kernel_steps import AttentionStep, Buffers
 from qdbev_ros.engine.lowering import lower_u8
 from qdbev_ros.engine.sampling import inline_samplings
+from tests.unit.test_sampling import needs_compiler
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "nano.qdbev"
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(c) for c in native.COMPILERS), reason="there is no C compiler"
-)
 DECODER = Shape(1, 23, 3, 16, 4, ((5, 7),))
 TEMPORAL = Shape(1, 35, 3, 16, 4, ((5, 7),), maps=2)
 SPATIAL = Shape(3, 11, 2, 16, 8, ((6, 9), (3, 5)), pillar=4, outputs=21, most=2)
@@ -216,7 +213,7 @@ def spoilt() -> Iterator[Any]:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("shape", "spoil"), spoilt())
+@pytest.mark.parametrize(("shape", "spoil"), list(spoilt()))
 def test_tensors_that_do_not_fit_each_other_are_refused(
     shape: Shape, spoil: Callable[[Arrays], None]
 ) -> None:
