@@ -58,8 +58,14 @@ def attentions(variant: Variant) -> dict[str, tuple[Shape, Arrays]]:
     gathered = {"pillar": pillar, "outputs": outputs, "most": most}
     found = {
         "spatial": (Shape(cameras, rows, heads, depth, spec.sca_points, maps, **gathered), spatial),
-        "temporal": (Shape(1, bev.cells, heads, depth, spec.tsa_points, own, maps=2), {"references": [[cells] * 2]}),
-        "decoder": (Shape(1, spec.queries, heads, depth, spec.decoder_points, own), {"references": [queries]}),
+        "temporal": (
+            Shape(1, bev.cells, heads, depth, spec.tsa_points, own, maps=2),
+            {"references": [[cells] * 2]},
+        ),
+        "decoder": (
+            Shape(1, spec.queries, heads, depth, spec.decoder_points, own),
+            {"references": [queries]},
+        ),
     }
     return {stage: (shape, _tensors(shape, real)) for stage, (shape, real) in found.items()}
 

@@ -115,7 +115,8 @@ def _ms(row: Data) -> str:
 
 def _sampling_table(sampling: list[Data]) -> list[str]:
     lines = [
-        "**Deformable attention alone**, by ONNX Runtime's GridSample and by our kernel (`benchmarks/deformable.py`).",
+        "**Deformable attention alone**, between its linear layers: softmax, places, sampling, and the mean over maps",
+        "or the sum over cameras; by ONNX Runtime with GridSample and by our kernel (`benchmarks/deformable.py`).",
         "",
         "| variant | attention | samples | GridSample ms | kernel ms | gain |",
         "|---|---|---|---|---|---|",

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import engine_jobs, engines, packages
+from benchmarks import deformable, engine_jobs, engines, packages
+from benchmarks.attention_graph import attention_graph
 from benchmarks.engine_jobs import ENGINES, OURS, missing, open_engine, run_engine
 from benchmarks.engines_report import BEGIN, END, numbers, table, write_docs
 from benchmarks.packages import ABOUT, FLOAT_MODEL, FLOAT_PACKAGE, PACKAGE
@@ -21,6 +22,7 @@ from qdbev_ros.core.variant import Variant, load_variant
 from qdbev_ros.engine import read_package
 from qdbev_ros.engine.parity_frames import gate_frames
 from tests.quantisation_samples import small_variant
+from tests.unit.test_sampling import needs_compiler
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
@@ -155,6 +157,15 @@ def test_the_page_gets_table_and_plot_between_its_marks_and_keeps_the_rest(tmp_p
     page.write_text("no marks")
     with pytest.raises(DataError, match="marks"):
         write_docs(measured(), tmp_path, "the command")
+
+
+@needs_compiler
+def test_both_ways_of_deformable_attention_compute_the_same_on_places_of_a_real_frame() -> None:
+    for stage, (shape, arrays) in deformable.attentions(load_variant("nano")).items():
+        model = attention_graph(shape)
+        (wanted,) = deformable.grid_sample(model, arrays, 1)()
+        own = deformable.own_kernel(model, arrays, 1)
+        np.testing.assert_allclose(own().numpy().reshape(wanted.shape), wanted, atol=1e-4, err_msg=stage)
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
