@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Back from a package to the fake-quantised model in PyTorch: every code and every step is in the file.
+
+Another model of the same variant on the same grid, whose numbers tell its tensors apart, is exported too. Node by node
+its graph is the package's: where a tensor of the model turns up in the one, its numbers stand in the other. What the
+package left out because only training needs it (class branches of early decoder layers) keeps made-up numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from torch import Tensor
+
+from qdbev_ros.core.errors import PackageError
+from qdbev_ros.engine.graph import unpack_int4
+from qdbev_ros.engine.master import parse_master
+from qdbev_ros.engine.package import Package
+from qdbev_train.export.graph import export_master
+from qdbev_train.model import BEVFormer, build_model
+from qdbev_train.quantization import QuantConfig, quantise_model
+from qdbev_train.quantization.config import Override
+from qdbev_train.quantization.grid import per_channel
+from qdbev_train.quantization.layers import QuantisedLayer
+from qdbev_train.quantization.tables import tables
+
+Arrays = dict[str, NDArray[Any]]
+_BOUNDS = ("low", "high")  # of codes: the grid's, not the training's
+
+
+class Restorer:
+    """`model` is the package's, in eval mode; `load` gives it the numbers of another master with the same graph.
+
+    Raises PackageError unless exporting `model` gives the package's master again, byte for byte.
+    """
+
+    def __init__(self, package: Package) -> None:
+        self.config = grid_of(package)
+        self.model: BEVFormer = quantise_model(build_model(package.variant), self.config).eval()
+        for layer in package.quantisation["layers"]:
+            if layer["activation_codes"] is not None:
+                low, _ = layer["activation_codes"]
+                _layer(self.model, layer["name"]).input_quantiser.set_sign(low < 0)
+        numbers = _tell_apart(self.model)
+        marked = parse_master(export_master(self.model, package.variant))
+        self._places = _places(numbers, marked, parse_master(package.model))
+        left_out = (*package.quantisation["left_out"], *(f"{n}." for n in package.quantisation["left_out"]))
+        lost = [name for name in numbers if name not in self._places and not name.startswith(left_out)]
+        if lost:
+            raise PackageError(f"{package.path}: the graph does not show where {', '.join(lost[:3])} is")
+        self.load(package.model)
+        if export_master(self.model, package.variant) != package.model:
+            raise PackageError(f"{package.path}: what was restored from it exports to another master")
+
+    @torch.no_grad()
+    def load(self, master: bytes) -> None:
+        arrays = _arrays(parse_master(master))
+        tensors = _tensors(self.model)
+        found = {
+            name: torch.from_numpy((arrays[place].T if turned else arrays[place]).copy())
+            for name, (place, turned) in self._places.items()
+        }
+        # Steps first: what is on a grid is its codes times them.
+        on_grid = _steps(self.model).keys()
+        for name in found.keys() - on_grid:
+            tensors[name].copy_(found[name])
+        for name, step in _steps(self.model).items():
+            if name in found:
+                tensors[name].copy_(found[name] * step)
+
+
+def grid_of(package: Package) -> QuantConfig:
+    """As much of the configuration as says what is on which grid; PackageError where not all parts are on one."""
+    held = package.quantisation
+    if not held["layers"]:
+        raise PackageError(f"{package.path}: a float model; only quantised ones can be restored")
+    overrides = [
+        Override(e["name"], e["weight_bits"], e["activation_bits"] or e["weight_bits"], e["reason"])
+        for e in held["exceptions"]
+    ]
+    return QuantConfig(tuple(held["parts"]), held["weight_bits"], held["activation_bits"], tuple(overrides))
+
+
+def _layer(model: BEVFormer, name: str) -> QuantisedLayer:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, QuantisedLayer)
+    return layer
+
+
+def _tensors(model: BEVFormer) -> dict[str, Tensor]:
+    """What training settles, each tensor under one name."""
+    kept = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if name in kept and not name.endswith(_BOUNDS)}
+
+
+def _steps(model: BEVFormer) -> dict[str, Tensor]:
+    """Steps of the tensors that a package holds as codes."""
+    steps = {t.parameter: per_channel(t.quantiser.scale, t.values) for t in tables(model) if t.quantiser}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantisedLayer):
+            steps[f"{name}.weight"] = per_channel(layer.weight_scale, layer.weight)
+            steps[f"{name}.bias"] = layer.input_quantiser.scale * layer.weight_scale
+    return steps
+
+
+@torch.no_grad()
+def _tell_apart(model: BEVFormer) -> Arrays:
+    """Gives every tensor numbers of its own and returns them as a package holds them: codes, or float32."""
+    generator, tensors, numbers = np.random.default_rng(0), _tensors(model), Arrays()
+    on_grid = _steps(model).keys()
+    for name in (name for name in tensors if name not in on_grid):
+        numbers[name] = generator.uniform(0.5, 1.5, tensors[name].shape).astype(np.float32)
+        tensors[name].copy_(torch.from_numpy(numbers[name]))
+    for name, step in _steps(model).items():
+        # Weights in codes that any number of bits has.
+        size, kind = (2**20, np.int32) if name.endswith(".bias") else (2, np.int8)
+        numbers[name] = generator.integers(-size, size, tensors[name].shape).astype(kind)
+        tensors[name].copy_(torch.from_numpy(numbers[name]) * step)
+    return numbers
+
+
+def _places(
+    numbers: Arrays, marked: onnx.ModelProto, wanted: onnx.ModelProto
+) -> dict[str, tuple[str, bool]]:
+    """Tensor -> (initialiser of `wanted`, whether it is transposed there); `numbers` are those in `marked`."""
+    arrays = _arrays(marked)
+    known = {_content(array): name for name, array in arrays.items()}
+    partners = _partners(marked, wanted)
+    places = {}
+    for name, array in numbers.items():
+        for turned in (False, True):
+            found = known.get(_content(array.T if turned else array))
+            if found is not None and name not in places:
+                places[name] = (partners[found], turned)
+    return places
+
+
+def _partners(marked: onnx.ModelProto, wanted: onnx.ModelProto) -> Mapping[str, str]:
+    """Initialisers of one graph -> of the other, which has the same nodes in the same order."""
+    if [_shape(node) for node in marked.graph.node] != [_shape(node) for node in wanted.graph.node]:
+        raise PackageError("the package's graph is not the one that this version exports")
+    pairs = zip(marked.graph.node, wanted.graph.node, strict=True)
+    return {a: b for node, other in pairs for a, b in zip(node.input, other.input, strict=True)}
+
+
+def _shape(node: onnx.NodeProto) -> tuple[str, int, tuple[str, ...]]:
+    return (node.op_type, len(node.input), tuple(node.output))
+
+
+def _arrays(model: onnx.ModelProto) -> Arrays:
+    """Initialisers by name, those of four bits as int8."""
+    return {
+        t.name: unpack_int4(t) if t.data_type == TensorProto.INT4 else numpy_helper.to_array(t)
+        for t in model.graph.initializer
+    }
+
+
+def _content(array: NDArray[Any]) -> tuple[str, tuple[int, ...], bytes]:
+    return (array.dtype.name, array.shape, array.tobytes())
