@@ -2,8 +2,8 @@
 """Do engines score alike? Means over many roundings, because on a short drive one rounding moves a score by a point.
 
 Every run moves every activation's step by a millionth, up or down at random, and scores each engine on that same model.
-PyTorch runs the fake-quantised model, restored from the package; the reference is plain ONNX Runtime on the master, as
-in the parity gate. Differences are means over pairs of runs of one model. The JSON file is kept after every run.
+References are plain ONNX Runtime on the master, as in the parity gate, and the fake-quantised model in PyTorch, which
+is restored from the package. Differences are means over pairs of runs of one model.
 
 Example: python benchmarks/score_noise.py demo/nano.qdbev demo/town --version v1.0-mini --split mini_val --runs 40
 """
@@ -41,7 +41,8 @@ from qdbev_train.evaluation.metrics import devkit_tables, official_score, requir
 from qdbev_train.evaluation.torch_engine import TorchEngine
 from qdbev_train.export.restore import Restorer
 
-REFERENCE = "plain ONNX Runtime on the master"
+PLAIN, PYTORCH = "plain ONNX Runtime on the master", "fake-quantised PyTorch"
+REFERENCES = (PLAIN, PYTORCH)
 SCORES = {"nds": "NDS", "mAP": "mAP"}
 Opener = Callable[[Package], PipelineEngine]
 Found = dict[str, dict[str, list[float]]]  # engine -> score -> one number a run
@@ -50,7 +51,7 @@ Found = dict[str, dict[str, list[float]]]  # engine -> score -> one number a run
 def openers(package: Package) -> dict[str, Opener]:
     """What this machine can run. Each takes the package with another master of the same graph."""
     found: dict[str, Opener] = {
-        REFERENCE: lambda moved: Engine(moved, ReferenceRunner(moved.model, 1)),
+        PLAIN: lambda moved: Engine(moved, ReferenceRunner(moved.model, 1)),
         "ONNX Runtime engine": lambda moved: Engine(moved, OnnxRuntimeRunner(moved.model, 1)),
     }
     if importlib.util.find_spec("openvino") is not None:
@@ -66,7 +67,7 @@ def openers(package: Package) -> dict[str, Opener]:
             save_model(file, restorer.model, moved.variant, {}, restorer.config.to_dict())
             return TorchEngine(file)
 
-    found["fake-quantised PyTorch"] = in_pytorch
+    found[PYTORCH] = in_pytorch
     return found
 
 
@@ -98,19 +99,18 @@ def measure(args: argparse.Namespace) -> Found:
     return found
 
 
-def table(found: Found) -> str:
-    """Markdown. The error of a difference is that of the mean over pairs of runs."""
-    head = ["engine", "runs"]
-    for title in SCORES.values():
-        head += [f"mean {title}", "standard deviation", "standard error", "difference from the reference"]
-    lines = [head, ["---"] * len(head)]
-    for name, scores in found.items():
-        cells = [name, str(len(scores["nds"]))]
-        for key, numbers in scores.items():
-            pairs = [a - b for a, b in zip(numbers, found[REFERENCE][key], strict=True)]
-            difference = f"{statistics.mean(pairs):+.2f} ± {error(pairs):.2f}"
-            cells += [f"{statistics.mean(numbers):.2f}", f"{statistics.stdev(numbers):.2f}"]
-            cells += [f"{error(numbers):.2f}", "" if name == REFERENCE else difference]
+def table(found: Found, key: str) -> str:
+    """Markdown, of one score. The error of a difference is that of the mean over pairs of runs."""
+    title = SCORES[key]
+    head = ["engine", "runs", f"mean {title}", "standard deviation", "standard error"]
+    lines = [[*head, *(f"from {name}" for name in REFERENCES)], ["---"] * (len(head) + len(REFERENCES))]
+    for engine, scores in found.items():
+        numbers = scores[key]
+        cells = [engine, str(len(numbers))]
+        cells += [f"{x:.2f}" for x in (statistics.mean(numbers), statistics.stdev(numbers), error(numbers))]
+        for name in REFERENCES:
+            pairs = [a - b for a, b in zip(numbers, found[name][key], strict=True)]
+            cells.append("" if name == engine else f"{statistics.mean(pairs):+.2f} ± {error(pairs):.2f}")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -136,7 +136,8 @@ def main(words: list[str]) -> int:
     try:
         if args.runs < 2:
             raise DataError(f"--runs {args.runs}: a spread needs two or more")
-        print(table(measure(args)))
+        found = measure(args)
+        print("\n\n".join(table(found, key) for key in SCORES))
     except QdbevError as problem:
         print(f"score_noise: error: {problem}", file=sys.stderr)
         return 2

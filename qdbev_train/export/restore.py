@@ -2,13 +2,12 @@
 """Back from a package to the fake-quantised model in PyTorch: every code and every step is in the file.
 
 Another model of the same variant on the same grid, whose numbers tell its tensors apart, is exported too. Node by node
-its graph is the package's: where a tensor of the model turns up in the one, its numbers stand in the other. What the
-package left out because only training needs it (class branches of early decoder layers) keeps made-up numbers.
+its graph is the package's: where a tensor turns up in the one, its numbers stand in the other. What a package leaves
+out because only training needs it (class branches of early decoder layers) keeps made-up numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,42 +36,43 @@ _BOUNDS = ("low", "high")  # of codes: the grid's, not the training's
 class Restorer:
     """`model` is the package's, in eval mode; `load` gives it the numbers of another master with the same graph.
 
-    Raises PackageError unless exporting `model` gives the package's master again, byte for byte.
+    Raises PackageError unless exporting `model` gives the package's master again, byte for byte but for names of nodes:
+    torch's exporter numbers some of them, and counts what the package leaves out.
     """
 
     def __init__(self, package: Package) -> None:
         self.config = grid_of(package)
         self.model: BEVFormer = quantise_model(build_model(package.variant), self.config).eval()
-        for layer in package.quantisation["layers"]:
-            if layer["activation_codes"] is not None:
-                low, _ = layer["activation_codes"]
-                _layer(self.model, layer["name"]).input_quantiser.set_sign(low < 0)
+        # As the package has them: where two grids of one tensor are the same, the graph has one of them.
+        for held in (layer for layer in package.quantisation["layers"] if layer["kind"] != "embedding"):
+            layer = self.model.get_submodule(held["name"])
+            assert isinstance(layer, QuantisedLayer)
+            layer.input_quantiser.set_sign(held["activation_codes"][0] < 0)
+            layer.input_quantiser.scale.fill_(held["activation_scale"])
         numbers = _tell_apart(self.model)
         marked = parse_master(export_master(self.model, package.variant))
         self._places = _places(numbers, marked, parse_master(package.model))
-        left_out = (*package.quantisation["left_out"], *(f"{n}." for n in package.quantisation["left_out"]))
-        lost = [name for name in numbers if name not in self._places and not name.startswith(left_out)]
+        left_out = tuple(package.quantisation["left_out"])
+        kept = numbers.keys() - {name for name, _, _ in self._places}
+        lost = sorted(name for name in kept if not name.startswith(left_out))
         if lost:
             raise PackageError(f"{package.path}: the graph does not show where {', '.join(lost[:3])} is")
         self.load(package.model)
-        if export_master(self.model, package.variant) != package.model:
+        if _nameless(export_master(self.model, package.variant)) != _nameless(package.model):
             raise PackageError(f"{package.path}: what was restored from it exports to another master")
 
     @torch.no_grad()
     def load(self, master: bytes) -> None:
-        arrays = _arrays(parse_master(master))
-        tensors = _tensors(self.model)
-        found = {
-            name: torch.from_numpy((arrays[place].T if turned else arrays[place]).copy())
-            for name, (place, turned) in self._places.items()
-        }
+        arrays, tensors = _arrays(parse_master(master)), _tensors(self.model)
+        found = {name: arrays[place].T if turned else arrays[place] for name, place, turned in self._places}
+        values = {name: torch.from_numpy(array.copy()) for name, array in found.items()}
+        on_grid = values.keys() & _steps(self.model).keys()
         # Steps first: what is on a grid is its codes times them.
-        on_grid = _steps(self.model).keys()
-        for name in found.keys() - on_grid:
-            tensors[name].copy_(found[name])
-        for name, step in _steps(self.model).items():
-            if name in found:
-                tensors[name].copy_(found[name] * step)
+        for name in values.keys() - on_grid:
+            tensors[name].copy_(values[name])
+        steps = _steps(self.model)
+        for name in on_grid:
+            tensors[name].copy_(values[name] * steps[name])
 
 
 def grid_of(package: Package) -> QuantConfig:
@@ -87,14 +87,8 @@ def grid_of(package: Package) -> QuantConfig:
     return QuantConfig(tuple(held["parts"]), held["weight_bits"], held["activation_bits"], tuple(overrides))
 
 
-def _layer(model: BEVFormer, name: str) -> QuantisedLayer:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, QuantisedLayer)
-    return layer
-
-
 def _tensors(model: BEVFormer) -> dict[str, Tensor]:
-    """What training settles, each tensor under one name."""
+    """What training settles, every tensor once though modules share some."""
     kept = model.state_dict().keys()
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor for name, tensor in named if name in kept and not name.endswith(_BOUNDS)}
@@ -112,12 +106,14 @@ def _steps(model: BEVFormer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _tell_apart(model: BEVFormer) -> Arrays:
-    """Gives every tensor numbers of its own and returns them as a package holds them: codes, or float32."""
+    """Gives tensors numbers of their own, scales that are known aside; returns all as packages do, codes or float32."""
     generator, tensors, numbers = np.random.default_rng(0), _tensors(model), Arrays()
     on_grid = _steps(model).keys()
     for name in (name for name in tensors if name not in on_grid):
-        numbers[name] = generator.uniform(0.5, 1.5, tensors[name].shape).astype(np.float32)
-        tensors[name].copy_(torch.from_numpy(numbers[name]))
+        if not (name.endswith(".scale") and tensors[name].isfinite().all()):
+            made = generator.uniform(0.5, 1.5, tensors[name].shape)
+            tensors[name].copy_(torch.from_numpy(made))
+        numbers[name] = tensors[name].detach().numpy().copy()
     for name, step in _steps(model).items():
         # Weights in codes that any number of bits has.
         size, kind = (2**20, np.int32) if name.endswith(".bias") else (2, np.int8)
@@ -126,28 +122,32 @@ def _tell_apart(model: BEVFormer) -> Arrays:
     return numbers
 
 
-def _places(
-    numbers: Arrays, marked: onnx.ModelProto, wanted: onnx.ModelProto
-) -> dict[str, tuple[str, bool]]:
-    """Tensor -> (initialiser of `wanted`, whether it is transposed there); `numbers` are those in `marked`."""
-    arrays = _arrays(marked)
-    known = {_content(array): name for name, array in arrays.items()}
+def _places(numbers: Arrays, marked: onnx.ModelProto, wanted: onnx.ModelProto) -> list[tuple[str, str, bool]]:
+    """(tensor, initialiser of `wanted`, whether it is transposed there); `numbers` are those in `marked`."""
+    known = {_content(array): name for name, array in _arrays(marked).items()}
     partners = _partners(marked, wanted)
-    places = {}
+    places = []
     for name, array in numbers.items():
-        for turned in (False, True):
-            found = known.get(_content(array.T if turned else array))
-            if found is not None and name not in places:
-                places[name] = (partners[found], turned)
+        forms = [known.get(_content(form)) for form in (array, array.T)]
+        place = forms[0] or forms[1]
+        if place is not None:
+            places.append((name, partners[place], forms[0] is None))
     return places
 
 
-def _partners(marked: onnx.ModelProto, wanted: onnx.ModelProto) -> Mapping[str, str]:
+def _partners(marked: onnx.ModelProto, wanted: onnx.ModelProto) -> dict[str, str]:
     """Initialisers of one graph -> of the other, which has the same nodes in the same order."""
     if [_shape(node) for node in marked.graph.node] != [_shape(node) for node in wanted.graph.node]:
         raise PackageError("the package's graph is not the one that this version exports")
     pairs = zip(marked.graph.node, wanted.graph.node, strict=True)
     return {a: b for node, other in pairs for a, b in zip(node.input, other.input, strict=True)}
+
+
+def _nameless(master: bytes) -> bytes:
+    model = parse_master(master)
+    for node in model.graph.node:
+        node.name = ""
+    return model.SerializeToString(deterministic=True)
 
 
 def _shape(node: onnx.NodeProto) -> tuple[str, int, tuple[str, ...]]:
