@@ -47,7 +47,7 @@ def detect(
     done = sum(len(scene) for name, scene in scenes.items() if name in by_scene)
     frames = sum(len(scene) for scene in scenes.values())
     pipeline = Pipeline(engine)
-    bar = tqdm(total=frames, initial=done, desc="eval", unit=" frames", disable=None)
+    bar = tqdm(total=frames, initial=done, desc="eval", unit=" frames", disable=None, leave=None)
     with closing(pipeline), bar:
         for name in [name for name in scenes if name not in by_scene]:
             entries = by_scene[name] = {}

@@ -41,7 +41,7 @@ class Restorer:
     """
 
     def __init__(self, package: Package) -> None:
-        self.config = grid_of(package)
+        self.config = _grid(package)
         self.model: BEVFormer = quantise_model(build_model(package.variant), self.config).eval()
         # As the package has them: where two grids of one tensor are the same, the graph has one of them.
         for held in (layer for layer in package.quantisation["layers"] if layer["kind"] != "embedding"):
@@ -52,9 +52,8 @@ class Restorer:
         numbers = _tell_apart(self.model)
         marked = parse_master(export_master(self.model, package.variant))
         self._places = _places(numbers, marked, parse_master(package.model))
-        left_out = tuple(package.quantisation["left_out"])
-        kept = numbers.keys() - {name for name, _, _ in self._places}
-        lost = sorted(name for name in kept if not name.startswith(left_out))
+        lost = sorted(numbers.keys() - {name for name, _, _ in self._places})
+        lost = [name for name in lost if not name.startswith(tuple(package.quantisation["left_out"]))]
         if lost:
             raise PackageError(f"{package.path}: the graph does not show where {', '.join(lost[:3])} is")
         self.load(package.model)
@@ -75,8 +74,8 @@ class Restorer:
             tensors[name].copy_(values[name] * steps[name])
 
 
-def grid_of(package: Package) -> QuantConfig:
-    """As much of the configuration as says what is on which grid; PackageError where not all parts are on one."""
+def _grid(package: Package) -> QuantConfig:
+    """What is on which grid, which is all of the configuration that the model needs."""
     held = package.quantisation
     if not held["layers"]:
         raise PackageError(f"{package.path}: a float model; only quantised ones can be restored")
@@ -137,7 +136,8 @@ def _places(numbers: Arrays, marked: onnx.ModelProto, wanted: onnx.ModelProto) -
 
 def _partners(marked: onnx.ModelProto, wanted: onnx.ModelProto) -> dict[str, str]:
     """Initialisers of one graph -> of the other, which has the same nodes in the same order."""
-    if [_shape(node) for node in marked.graph.node] != [_shape(node) for node in wanted.graph.node]:
+    kinds = [[(n.op_type, len(n.input), *n.output) for n in m.graph.node] for m in (marked, wanted)]
+    if kinds[0] != kinds[1]:
         raise PackageError("the package's graph is not the one that this version exports")
     pairs = zip(marked.graph.node, wanted.graph.node, strict=True)
     return {a: b for node, other in pairs for a, b in zip(node.input, other.input, strict=True)}
@@ -148,10 +148,6 @@ def _nameless(master: bytes) -> bytes:
     for node in model.graph.node:
         node.name = ""
     return model.SerializeToString(deterministic=True)
-
-
-def _shape(node: onnx.NodeProto) -> tuple[str, int, tuple[str, ...]]:
-    return (node.op_type, len(node.input), tuple(node.output))
 
 
 def _arrays(model: onnx.ModelProto) -> Arrays:
