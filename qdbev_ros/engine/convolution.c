@@ -74,6 +74,7 @@ static void multiply(const uint8_t *const *at, int64_t offset, int64_t taps, int
         for (int64_t k = 0; k < inputs; k += 4, weights += 4 * LANES) {
             const __m512i w0 = _mm512_loadu_si512(weights), w1 = _mm512_loadu_si512(weights + 64);
             const __m512i w2 = _mm512_loadu_si512(weights + 128), w3 = _mm512_loadu_si512(weights + 192);
+            _mm_prefetch((const char *)(p0 + ROWS * (inputs + k)), _MM_HINT_T0); /* the next rows, if they follow */
             EACH_ROW(ADD)
         }
     }

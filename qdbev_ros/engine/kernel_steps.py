@@ -29,7 +29,7 @@ class Buffers:
 
     def take(self, name: str, shape: Sequence[int], dtype: Any) -> ort.OrtValue:
         """Room for the tensor `name`."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         # From the frame before. Where it does not fit any more it is let go: kept for others, such ones would pile up.
         buffer = self._used.pop(name, None)
         if buffer is None or not size <= buffer.size <= 2 * size:

@@ -26,7 +26,7 @@ _TUNINGS = ("-march=native", "-mcpu=native")
 # Nobody asks for traps or errno; compilers that must keep them leave loops with conditions in them as they are.
 _FLAGS = ("-O3", "-fno-trapping-math", "-fno-math-errno")
 _TIMEOUT_S = 60
-_GRAIN = 48  # rows that kernels work on at a time
+_BLOCK, _GRAIN = 48, 24  # rows that kernels work on at a time, and that a part has at least
 
 
 class KernelError(Exception):
@@ -60,7 +60,8 @@ def _parts(rows: int, threads: int) -> list[tuple[int, int]]:
     found, first = list[tuple[int, int]](), 0
     while first < rows:
         fair = (rows - first) // (2 * threads) if threads > 1 else rows
-        size = max(_GRAIN, fair // _GRAIN * _GRAIN)
+        unit = _BLOCK if fair >= _BLOCK else _GRAIN
+        size = max(_GRAIN, fair // unit * unit)
         found.append((first, min(first + size, rows)))
         first += size
     return found
