@@ -49,7 +49,7 @@ ENGINES = {
 }
 PRODUCTS = ("torch float32", "ONNX Runtime float32", "ONNX Runtime int8")
 GEMM = 2048  # rows and columns of the matrix product
-TURN_S, LONG_S = 0.4, 20.0
+TURN_S, LONG_S = 2.0, 20.0
 COMPILING = 4  # frames
 Backbone = Callable[[], Any]
 
