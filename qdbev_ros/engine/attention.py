@@ -37,7 +37,7 @@ def fuse_attention(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 
 def _fuse(graph: Graph, softmax: onnx.NodeProto) -> None:
-    scores, weighted = graph.producer(softmax.input[0]), _only_user(graph, softmax, "MatMul")
+    scores, weighted = graph.producer(softmax.input[0]), graph.only_user(softmax, "MatMul")
     if scores is None or scores.op_type != "MatMul" or weighted is None:
         return
     parts = (
@@ -45,8 +45,8 @@ def _fuse(graph: Graph, softmax: onnx.NodeProto) -> None:
         _heads(graph, scores.input[1], _TURNED, scaled=True),
         _heads(graph, weighted.input[1], _BY_HEADS, scaled=False),
     )
-    back = _only_user(graph, weighted, "Transpose")
-    end = None if back is None else _only_user(graph, back, "Reshape")
+    back = graph.only_user(weighted, "Transpose")
+    end = None if back is None else graph.only_user(back, "Reshape")
     if back is None or end is None or _perm(back) != _BY_HEADS:
         return
     query, key, value = parts
@@ -91,11 +91,6 @@ def _is_root_of_depth(graph: Graph, factor: str) -> bool:
         made.append(node.op_type)
         node = graph.producer(node.input[-1 if node.op_type == "Div" else 0])
     return made == _FACTOR
-
-
-def _only_user(graph: Graph, node: onnx.NodeProto, op_type: str) -> onnx.NodeProto | None:
-    users = graph.users(node.output[0])
-    return users[0] if len(users) == 1 and users[0].op_type == op_type else None
 
 
 def _perm(node: onnx.NodeProto) -> list[int]:

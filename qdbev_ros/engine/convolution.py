@@ -200,8 +200,8 @@ class PreparedConvolution:
 
     def __call__(self, source: int, sides: Sides, target: int, shortcut: int | None = None) -> None:
         """From the codes at one address, with these sides, to those at another; the shortcut's lie as these do."""
-        images, high, wide, _ = self.sides(sides)
         shape = self._shape(sides)
+        images, high, wide = shape.images, shape.out_height, shape.out_width
         given = [array.ctypes.data for array in self._arrays]
         if self._winograd:
             tiles = images * -(-high // 2) * -(-wide // 2)
@@ -231,7 +231,6 @@ class PreparedConvolution:
         made = self.sides(sides)
         first, second = ([array.ctypes.data for array in prepared._arrays] for prepared in (self, other))
         shapes = self._shape(sides), other._shape(made)
-        other.sides(made)
         rows, kernel = made[0] * made[1] * made[2], self._kernel
         kernel.run("chain", rows, shapes[0], source, *first, shortcut, target, shapes[1], *second, behind)
 

@@ -127,17 +127,11 @@ def _places(graph: Graph, shapes: Shapes, s: Sampling) -> tuple[str, str, bool] 
 
 def _divides_by_maps(graph: Graph, shapes: Shapes, division: onnx.NodeProto, s: Sampling) -> bool:
     """What is divided are pairs (..., levels, points, 2), and each of them by its own map's width and height."""
-    divisor, levels = graph.constant(division.input[1]), len(s.sizes)
+    divisor, sides = graph.constant(division.input[1]), shapes.get(division.input[0], [])
     wanted = np.array([[[width, height]] for height, width in s.sizes], np.float32)
-    if levels == 1:  # whatever stands in front of the pairs
-        sides, divisor, wanted = (
-            shapes.get(division.input[0], [])[-1:],
-            divisor.reshape(-1),
-            wanted.reshape(-1),
-        )
-        return sides == [2] and np.array_equal(divisor, wanted)
-    sides = shapes.get(division.input[0], [])[-3:]
-    return sides == [levels, s.points, 2] and np.array_equal(divisor, wanted)
+    if len(s.sizes) == 1:  # whatever stands in front of the pairs
+        return sides[-1:] == [2] and np.array_equal(divisor.reshape(-1), wanted.reshape(-1))
+    return sides[-3:] == [len(s.sizes), s.points, 2] and np.array_equal(divisor, wanted)
 
 
 def _logits(graph: Graph, s: Sampling) -> tuple[str, bool] | None:
@@ -176,8 +170,8 @@ def _stripped(graph: Graph, name: str) -> tuple[str, bool, onnx.NodeProto | None
 
 def _mean(graph: Graph, node: onnx.NodeProto) -> tuple[int, onnx.NodeProto] | None:
     """(number of maps, the node that takes the mean over them) behind a sampling."""
-    reshape = _only_user(graph, node, "Reshape")
-    mean = None if reshape is None else _only_user(graph, reshape, "ReduceMean")
+    reshape = graph.only_user(node, "Reshape")
+    mean = None if reshape is None else graph.only_user(reshape, "ReduceMean")
     if reshape is None or mean is None or not _removes_axis(graph, mean, 1):
         return None
     maps = side_of(graph, reshape.input[1], 1)
@@ -188,7 +182,7 @@ def _gathered(graph: Graph, shapes: Shapes, node: onnx.NodeProto) -> tuple[str, 
     """(slots, shares, the last node) where samples are gathered behind a row of zeros, weighted and summed."""
     chain, last = [], node
     for op_type in ("Reshape", "Pad", "Reshape", "Gather", "Reshape", "Mul", "ReduceSum"):
-        user = _only_user(graph, last, op_type)
+        user = graph.only_user(last, op_type)
         if user is None:
             return None
         chain.append(last := user)
@@ -207,8 +201,3 @@ def _removes_axis(graph: Graph, reduce: onnx.NodeProto, axis: int) -> bool:
     kept = next((a.i for a in reduce.attribute if a.name == "keepdims"), 1)
     axes = graph.constant(reduce.input[1]).tolist() if len(reduce.input) > 1 else []
     return not kept and axes == [axis]
-
-
-def _only_user(graph: Graph, node: onnx.NodeProto, op_type: str) -> onnx.NodeProto | None:
-    users = graph.users(node.output[0])
-    return users[0] if len(users) == 1 and users[0].op_type == op_type else None

@@ -109,6 +109,11 @@ class Graph:
         """The nodes that read a tensor."""
         return list(self._readers.get(name, {}).values())
 
+    def only_user(self, node: onnx.NodeProto, op_type: str) -> onnx.NodeProto | None:
+        """The one node that reads a node's first output; None where there are others, or it is of another kind."""
+        users = self.users(node.output[0])
+        return users[0] if len(users) == 1 and users[0].op_type == op_type else None
+
     def producer(self, name: str) -> onnx.NodeProto | None:
         """The node that a tensor comes from; None for inputs and initialisers."""
         return self._makers.get(name)
